@@ -1,0 +1,7 @@
+"""What travels between clients and server: payload codecs, the byte ledger and privacy."""
+
+from .codec import CODECS, Codec, codec, make
+from .frame import compensate, pack, unpack
+from .steps import PayloadError
+
+__all__ = ["CODECS", "Codec", "PayloadError", "codec", "compensate", "make", "pack", "unpack"]

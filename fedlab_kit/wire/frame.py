@@ -1,0 +1,114 @@
+"""Frames: the header, checksum and optional zstd around a packed body, and error feedback.
+
+A payload is one or more frames, one after the other. A frame is a header of 14 bytes, little endian (codec id u8,
+flags u8, samples u32, body length u32, CRC-32 u32 over the other fields and the body), then the body. The schema is
+not sent: both sides know from the Experiment which codec and how many numbers to expect. The checksum finds
+accidents; it cannot find a forged payload, which takes authentication.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .codec import Codec
+from .steps import PayloadError
+
+HEADER = struct.Struct("<BBIII")
+_FIELDS = struct.Struct("<BBII")
+ZSTD = 1  # flag: the body went through zstd
+
+
+def pack(
+    codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator, zstd: bool = False
+) -> bytes:
+    """One frame with a float32 vector [P] and the number of samples behind it; ValueError if not finite.
+
+    `zstd` compresses the body where that makes it shorter.
+    """
+    if not bool(torch.isfinite(vector).all()):
+        raise ValueError("the update holds NaN or infinity: lower the learning rate")
+    return _frame(codec, codec.encode(vector, rng), samples, zstd)
+
+
+def unpack(payload: bytes, codec: Codec, *, size: int, count: int = 1) -> tuple[int, list[Tensor]]:
+    """Read exactly `count` frames of `size` numbers each: (samples, vectors). PayloadError says why not.
+
+    Allocates nothing beyond what `codec` can need for `size` numbers, whatever the payload claims.
+    """
+    vectors, samples, start = [], 0, 0
+    for _ in range(count):
+        body, samples, start = _body(payload, start, codec, size)
+        vector = codec.decode(body, size)
+        if vector.shape != (size,) or not bool(torch.isfinite(vector).all()):
+            raise PayloadError("the payload holds NaN or infinity, or too few numbers")
+        vectors.append(vector)
+    if start != len(payload):
+        raise PayloadError(f"{len(payload) - start} bytes follow the last frame")
+    return samples, vectors
+
+
+def compensate(
+    update: Tensor,
+    residual: Tensor,
+    codec: Codec,
+    rng: np.random.Generator,
+    *,
+    samples: int,
+    zstd: bool = False,
+) -> tuple[bytes, Tensor]:
+    """Error feedback: send update + residual, keep what the codec lost (Karimireddy et al. 2019).
+
+    Returns (payload, new residual [P]). The residual belongs to one sender and is kept by client id.
+    """
+    wanted = update + residual
+    if not bool(torch.isfinite(wanted).all()):
+        raise ValueError("the update holds NaN or infinity: lower the learning rate")
+    body = codec.encode(wanted, rng)
+    return _frame(codec, body, samples, zstd), wanted - codec.decode(body, wanted.numel())
+
+
+def _frame(codec: Codec, body: bytes, samples: int, zstd: bool) -> bytes:
+    flags = 0
+    if zstd:
+        import zstandard
+
+        packed = zstandard.ZstdCompressor().compress(body)
+        flags, body = (ZSTD, packed) if len(packed) < len(body) else (0, body)
+    fields = _FIELDS.pack(codec.id, flags, samples, len(body))
+    return fields + zlib.crc32(body, zlib.crc32(fields)).to_bytes(4, "little") + body
+
+
+def _body(payload: bytes, start: int, codec: Codec, size: int) -> tuple[bytes, int, int]:
+    """The checked, plain body of the frame at `start`, its samples, and where the next frame begins."""
+    if len(payload) - start < HEADER.size:
+        raise PayloadError(f"truncated: {len(payload) - start} bytes are left, a header takes {HEADER.size}")
+    number, flags, samples, length, checksum = HEADER.unpack_from(payload, start)
+    first, end = start + HEADER.size, start + HEADER.size + length
+    if number != codec.id or flags not in (0, ZSTD):
+        raise PayloadError(f"codec {number} with flags {flags} came, {codec.name} ({codec.id}) was agreed")
+    if length > codec.limit(size):
+        raise PayloadError(f"oversized: a body of {length} bytes, {codec.limit(size)} is the most")
+    if end > len(payload):
+        raise PayloadError(f"truncated: {length} bytes announced, {len(payload) - first} came")
+    body = payload[first:end]
+    if zlib.crc32(body, zlib.crc32(_FIELDS.pack(number, flags, samples, length))) != checksum:
+        raise PayloadError("the checksum does not match")
+    return (_inflate(body, codec.limit(size)) if flags else body), samples, end
+
+
+def _inflate(body: bytes, limit: int) -> bytes:
+    """Undo zstd without ever allocating more than `limit` bytes, whatever size the data declares."""
+    import zstandard
+
+    try:
+        declared = zstandard.frame_content_size(body)
+        if not 0 <= declared <= limit:
+            raise PayloadError(f"a zstd body that declares {declared} bytes, {limit} is the most")
+        return zstandard.ZstdDecompressor().decompress(body, max_output_size=limit, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise PayloadError(f"broken zstd body: {error}") from None
