@@ -1,0 +1,44 @@
+PYTHON_IN_VENV := .venv/bin/python
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+INPUTS := pyproject.toml constraints.txt tools/setup.sh
+
+# One thread per worker is the fastest and the only repeatable setting for models this small.
+export OMP_NUM_THREADS := 1
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/:/' | awk -F': *' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+lab: .venv/lab.stamp  ## set up, then open JupyterLab on notebooks/00_start_here.ipynb (PORT=8890, BROWSER=none)
+	@tools/lab.sh
+
+test: .venv/test.stamp  ## set up, then run unit tests, notebooks under strict nbval and browser tests
+	@echo "test: the package and the notebooks, on two cores"
+	@$(PYTHON_IN_VENV) -m pytest -n 2 -m "not browser"
+	@echo "test: JupyterLab in a browser"
+	@$(PYTHON_IN_VENV) -m pytest -m browser
+
+test-slow: .venv/test.stamp  ## the tests that need real data (FEDLAB_DATA=folder) or minutes
+	@$(PYTHON_IN_VENV) -m pytest --run-slow -m slow
+
+bench: .venv/lab.stamp  ## measure speed and accuracy on this machine (FEDLAB_DATA=folder)
+	@$(PYTHON_IN_VENV) -m benchmarks
+
+lint: .venv/test.stamp  ## ruff and mypy
+	@$(PYTHON_IN_VENV) -m ruff check
+	@$(PYTHON_IN_VENV) -m ruff format --check
+	@$(PYTHON_IN_VENV) -m mypy
+
+notebooks: .venv/lab.stamp  ## run every notebook from an empty store and write its outputs back
+	@$(PYTHON_IN_VENV) tools/notebooks.py $(NOTEBOOKS)
+
+setup: .venv/lab.stamp  ## install only
+
+.venv/lab.stamp: $(INPUTS)
+	@tools/setup.sh
+	@touch $@
+
+.venv/test.stamp: $(INPUTS)
+	@tools/setup.sh '[test]'
+	@touch .venv/lab.stamp $@
+
+.PHONY: help lab test test-slow bench lint notebooks setup
