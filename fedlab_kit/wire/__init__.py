@@ -1,7 +1,19 @@
 """What travels between clients and server: payload codecs, the byte ledger and privacy."""
 
+from . import dense, sparse  # registers the built-in codecs
 from .codec import CODECS, Codec, codec, make
 from .frame import compensate, pack, unpack
 from .steps import PayloadError
 
-__all__ = ["CODECS", "Codec", "PayloadError", "codec", "compensate", "make", "pack", "unpack"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "PayloadError",
+    "codec",
+    "compensate",
+    "dense",
+    "make",
+    "pack",
+    "sparse",
+    "unpack",
+]

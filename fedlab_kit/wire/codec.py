@@ -1,23 +1,23 @@
-"""How an update becomes bytes: one small class per codec, registered under the name that an Experiment uses.
+"""What a codec is, where codecs are registered, and how one is made.
 
-A codec turns one float32 vector [P] (all tensors of the model, end to end) into a packed body and back. Frames,
-checksums and the entropy coder stand around it in `frame.py`, so that a codec knows nothing about them.
+A codec turns one float32 vector [P] (all tensors of the model, end to end) into a packed body and back.
+Frames, checksums and the entropy coder stand around it in `frame.py`; a codec knows nothing about them.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Literal, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .steps import PayloadError
+Rounding = Literal["stochastic", "nearest"]
+AnyCodec = TypeVar("AnyCodec", bound="type[Codec]")
 
 CODECS: dict[str, type[Codec]] = {}
-"""Name -> class; `make` calls the class with the settings that it takes."""
+"""Name -> class, the built-in ones first."""
 
 OWN_IDS = 128  # numbers from here on belong to codecs that a user registers
 
@@ -25,12 +25,34 @@ OWN_IDS = 128  # numbers from here on belong to codecs that a user registers
 class Codec:
     """What travels: subclass it, write `encode` and `decode`, and register it with `@codec("name")`.
 
-    `name` and `id` are set by the decorator. `unbiased` says that decode(encode(x)) is x on average.
+    Every codec has the same four settings and reads those that it needs: `keep`, the share of entries sent,
+    above 0 and at most 1; `bucket`, how many neighbouring entries share a scale; `rounding`, stochastic
+    (right on average) or nearest (the smaller error, for error feedback); `values`, the codec of the entries
+    that `topk` keeps. `name` and `id` come from the decorator.
     """
 
     name: str
     id: int
-    unbiased: bool = False
+
+    def __init__(
+        self,
+        keep: float = 0.01,
+        bucket: int = 512,
+        rounding: Rounding = "stochastic",
+        values: str = "fp16",
+    ) -> None:
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must be above 0 and at most 1, got {keep}")
+        if bucket < 1:
+            raise ValueError(f"bucket must be a whole number, at least 1, got {bucket}")
+        if rounding not in ("stochastic", "nearest"):
+            raise ValueError(f"rounding must be one of stochastic, nearest, got {rounding!r}")
+        self.keep, self.bucket, self.rounding, self.values = keep, bucket, rounding, values
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether decode(encode(x)) is x on average; a biased codec needs error feedback."""
+        return False
 
     def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
         """Pack a finite float32 vector [P]; every random choice is drawn from `rng`."""
@@ -49,13 +71,16 @@ class Codec:
         return 64 + 8 * size
 
 
-def codec(name: str, *, id: int | None = None) -> Callable[[type[Codec]], type[Codec]]:
-    """Register the class below under a name: `@codec("mine")`. Registering a name again replaces it.
+def codec(name: str, *, id: int | None = None) -> Callable[[AnyCodec], AnyCodec]:
+    """Register the class below under a name: `@codec("mine")`. Registering the name again replaces it.
 
-    `id` is the byte that marks its payloads; it is derived from the name unless given.
+    `id` is the byte that marks its payloads; it is derived from the name unless given. The name of a built-in
+    codec raises ValueError.
     """
 
-    def register(cls: type[Codec]) -> type[Codec]:
+    def register(cls: AnyCodec) -> AnyCodec:
+        if id is None and name in CODECS and CODECS[name].id < OWN_IDS:
+            raise ValueError(f"codec {name!r} is built in and cannot be replaced: choose another name")
         cls.name = name
         cls.id = OWN_IDS + zlib.crc32(name.encode()) % (256 - OWN_IDS) if id is None else id
         CODECS[name] = cls
@@ -64,33 +89,15 @@ def codec(name: str, *, id: int | None = None) -> Callable[[type[Codec]], type[C
     return register
 
 
-def make(name: str, **settings: Any) -> Codec:
+def make(
+    name: str,
+    *,
+    keep: float = 0.01,
+    bucket: int = 512,
+    rounding: Rounding = "stochastic",
+    values: str = "fp16",
+) -> Codec:
     """The codec of a name with its settings; ValueError names the field, the value and what is allowed."""
     if name not in CODECS:
         raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {name!r}")
-    return CODECS[name](**settings)
-
-
-@codec("fp32", id=1)
-class FP32(Codec):
-    """The raw float32 numbers, little endian: the baseline that every other codec is compared with."""
-
-    unbiased = True
-
-    def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
-        """Four bytes per number."""
-        return vector.numpy().astype("<f4", copy=False).tobytes()
-
-    def decode(self, body: bytes, size: int) -> Tensor:
-        """The numbers themselves."""
-        if len(body) != 4 * size:
-            raise PayloadError(f"the body must be {4 * size} bytes long, got {len(body)}")
-        return torch.from_numpy(np.frombuffer(body, "<f4").astype(np.float32))
-
-    def bound(self, vector: Tensor) -> Tensor:
-        """Nothing is lost."""
-        return torch.zeros_like(vector)
-
-    def limit(self, size: int) -> int:
-        """Four bytes per number."""
-        return 4 * size
+    return CODECS[name](keep, bucket, rounding, values)

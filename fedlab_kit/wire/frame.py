@@ -1,9 +1,9 @@
 """Frames: the header, checksum and optional zstd around a packed body, and error feedback.
 
-A payload is one or more frames, one after the other. A frame is a header of 14 bytes, little endian (codec id u8,
-flags u8, samples u32, body length u32, CRC-32 u32 over the other fields and the body), then the body. The schema is
-not sent: both sides know from the Experiment which codec and how many numbers to expect. The checksum finds
-accidents; it cannot find a forged payload, which takes authentication.
+A payload is one or more frames, one after the other. A frame is a header of 14 bytes, little endian (codec id
+u8, flags u8, samples u32, body length u32, CRC-32 u32 over the other fields and the body), then the body. The
+schema is not sent: both sides know from the Experiment which codec and how many numbers to expect. The
+checksum finds accidents; it cannot find a forged payload, which takes authentication.
 """
 
 from __future__ import annotations
