@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from worlds import register
 
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
+register()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,24 @@
+"""fedlab-kit: compress and accelerate models in federated learning, and measure everything on real files."""
+
+from fedlab_kit.catalog import dataset, model
+from fedlab_kit.data import Dataset, Preprocess, Split
+from fedlab_kit.experiment import Experiment, Recipe
+from fedlab_kit.federation.rounds import rounds
+from fedlab_kit.federation.server import RoundRecord
+from fedlab_kit.runs import Run, find, history, train
+
+__all__ = [
+    "Dataset",
+    "Experiment",
+    "Preprocess",
+    "Recipe",
+    "RoundRecord",
+    "Run",
+    "Split",
+    "dataset",
+    "find",
+    "history",
+    "model",
+    "rounds",
+    "train",
+]

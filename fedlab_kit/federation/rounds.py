@@ -1,0 +1,72 @@
+"""The loop: a generator of round records. It names no technique and touches no disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import replace
+from threading import Event
+from time import perf_counter
+
+import torch
+
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.local import ClientState, Stopped, cohort_step
+from fedlab_kit.federation.server import (
+    RoundRecord,
+    ServerState,
+    answering,
+    broadcast,
+    select,
+    server_step,
+    start,
+)
+
+
+def rounds(experiment: Experiment, stop: Event | None = None) -> Iterator[RoundRecord]:
+    """Run the experiment and yield one `RoundRecord` a round; nothing is stored.
+
+    Setting `stop` ends the loop before the next batch, without a record of the broken round.
+    """
+    for _, record in play(start(experiment), {}, stop):
+        yield record
+
+
+def play(
+    state: ServerState, clients: MutableMapping[int, ClientState], stop: Event | None = None
+) -> Iterator[tuple[ServerState, RoundRecord]]:
+    """Go on from `state` to the last round and yield the new state with its record after each.
+
+    `clients` holds what clients keep between rounds, by id; it is updated in place just before each yield.
+    """
+    experiment = state.experiment
+    while state.round < experiment.rounds:
+        began = perf_counter()
+        try:
+            state, record = _round(state, clients, stop)
+        except Stopped:
+            return
+        yield state, replace(record, seconds=perf_counter() - began)
+        if record.diverged:
+            return
+
+
+def _round(
+    state: ServerState, clients: MutableMapping[int, ClientState], stop: Event | None
+) -> tuple[ServerState, RoundRecord]:
+    experiment, round = state.experiment, state.round + 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the fastest for models this small, and the only setting that repeats bit for bit
+    try:
+        # 1. The server samples a cohort and sends it the model.
+        cohort = select(experiment, round)
+        messages, state = broadcast(state, cohort)
+        # 2. Some clients drop out; the others train on their own samples and pack what changed.
+        present = answering(experiment, round, cohort)
+        kept = {client: clients.get(client, {}) for client in present}
+        payloads, kept = cohort_step(experiment, round, {c: messages[c] for c in present}, kept, stop)
+        # 3. The server decodes and combines the updates. 4. It evaluates the new model.
+        state, record = server_step(state, payloads)
+    finally:
+        torch.set_num_threads(threads)
+    clients.update({client: memory for client, memory in kept.items() if memory})
+    return state, record

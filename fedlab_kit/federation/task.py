@@ -1,0 +1,120 @@
+"""An experiment made concrete: its data, its clients' shards, its model, and how a model is evaluated on them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from zlib import crc32
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedlab_kit import catalog
+from fedlab_kit.data import Dataset, Split, load
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.flat import FlatModel
+from fedlab_kit.federation.stacked import Stack
+from fedlab_kit.models import build
+from fedlab_kit.partition import partition
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What the rounds of one experiment work on; tensors live on the experiment's device.
+
+    `x` [n, *shape] holds raw training values (preprocessed batch by batch, so that memory follows the cohort),
+    `y` [n] their labels, `shards` each client's indices into them, `stack` the fast path or None, `initial` [P] the
+    weights before the first round.
+    """
+
+    experiment: Experiment
+    dataset: Dataset
+    shards: list[Tensor]
+    model: FlatModel
+    stack: Stack | None
+    x: Tensor
+    y: Tensor
+    initial: Tensor
+
+    def inputs(self, index: Tensor) -> Tensor:
+        """Return the preprocessed training inputs at `index` [k] as float32 [k, *shape]."""
+        return self.dataset.preprocess(self.x.index_select(0, index))
+
+    def samples(self, client: int) -> int:
+        """How many training samples the client holds."""
+        return len(self.shards[client])
+
+    @torch.no_grad()
+    def logits(self, weights: Tensor, split: Split, chunk: int = 500) -> Tensor:
+        """Return what the model with `weights` [P] answers on a whole split, as logits [n, classes]."""
+        self.model.weights.copy_(weights)
+        self.model.module.eval()
+        answers = []
+        for raw in split.x.to(self.experiment.device).split(chunk):
+            x = self.dataset.preprocess(raw)
+            answers.append(self.stack.logits(weights, x) if self.stack else self.model.module(x))
+        return torch.cat(answers)
+
+    def evaluate(self, weights: Tensor, split: Split) -> Evaluation:
+        """Count the hits of the model with `weights` [P] on a split, stratum by stratum."""
+        logits, y = self.logits(weights, split), split.y.to(self.experiment.device)
+        hit = logits.argmax(1) == y
+        where = strata(self.experiment, split).to(hit.device)
+        count = len(self.dataset.sites) if self.experiment.partition == "site" else len(self.dataset.classes)
+        return Evaluation(
+            correct=tuple(torch.bincount(where[hit], minlength=count).tolist()),
+            total=tuple(torch.bincount(where, minlength=count).tolist()),
+            loss=float(F.cross_entropy(logits, y)),
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hits and samples per stratum, and the mean cross entropy in nats."""
+
+    correct: tuple[int, ...]
+    total: tuple[int, ...]
+    loss: float
+
+
+def strata(experiment: Experiment, split: Split) -> Tensor:
+    """Return the stratum [n] of each sample: its site if clients are sites, else its label.
+
+    Clients that differ only in their label mix are told apart by weighing the classes; see `Run.client_accuracy`.
+    """
+    return split.site if experiment.partition == "site" and split.site is not None else split.y
+
+
+def chance(experiment: Experiment, purpose: str, *where: int) -> np.random.Generator:
+    """Return the generator for one purpose in one place (round, client): order and process do not matter."""
+    return np.random.default_rng([experiment.seed, crc32(purpose.encode()), *where])
+
+
+def task(experiment: Experiment) -> Task:
+    """Return the experiment's task, kept for the next call of the same thread.
+
+    Raises ValueError for an unknown data set or model, or a partition that is impossible.
+    """
+    makers = catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)
+    return _task(experiment, makers, threading.get_ident())
+
+
+@lru_cache(maxsize=4)
+def _task(experiment: Experiment, makers: object, thread: int) -> Task:
+    dataset = load(experiment.dataset)
+    module = build(experiment.model, dataset.shape, len(dataset.classes), experiment.seed)
+    stack = Stack(module, dataset.shape) if Stack.supports(module, dataset.shape) else None  # type: ignore[arg-type]
+    model = FlatModel(module, experiment.device)
+    return Task(
+        experiment=experiment,
+        dataset=dataset,
+        shards=partition(dataset, experiment.partition, experiment.clients, experiment.alpha, experiment.seed),
+        model=model,
+        stack=stack,
+        x=dataset.train.x.to(experiment.device),
+        y=dataset.train.y.to(experiment.device),
+        initial=model.weights.clone(),
+    )

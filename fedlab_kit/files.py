@@ -1,0 +1,46 @@
+"""Plain files that are whole or absent: bytes and tensors written beside their place and then renamed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from threading import get_ident
+
+from torch import Tensor
+
+
+class StoreError(OSError):
+    """A stored file that cannot be read or written; the message names it and says what to do."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a kill, sees the old content or the new one and nothing between.
+
+    Raises StoreError (an OSError) when the disk is full or read-only; the half-written file is removed.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write named tensors and a few words about them as safetensors, whole or not at all."""
+    from safetensors.torch import save
+
+    write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, about))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what `write_tensors` wrote. Raises StoreError naming a file that is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path} is damaged ({error}); delete its folder to run it again") from error

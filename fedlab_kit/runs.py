@@ -1,0 +1,217 @@
+"""Runs: train an experiment, keep it, find it again, go on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlab_kit import catalog
+from fedlab_kit.data import Dataset, load
+from fedlab_kit.experiment import SCHEMA, Experiment
+from fedlab_kit.federation.flat import FlatModel
+from fedlab_kit.federation.rounds import play
+from fedlab_kit.federation.server import RoundRecord, ServerState
+from fedlab_kit.federation.task import strata, task
+from fedlab_kit.models import build
+from fedlab_kit.partition import label_counts
+from fedlab_kit.statistics import Z95, wilson
+from fedlab_kit.store import RunFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What came out of one experiment: its records, and its final weights [P].
+
+    `status` is "finished", "stopped" or "diverged", `note` the reason of the last. `measured` says when, on which
+    machine, with which torch and in how many seconds the records were made; `from_store` whether that was earlier.
+    """
+
+    experiment: Experiment
+    path: Path
+    records: tuple[RoundRecord, ...]
+    weights: Tensor
+    status: str
+    measured: dict[str, Any] = field(repr=False)
+    from_store: bool = False
+
+    def __repr__(self) -> str:
+        score = f"{self.accuracy:.1%}" if self.records else "no round"
+        return f"Run({self.experiment!r}, {self.status} after {len(self.records)} rounds, {score})"
+
+    @property
+    def key(self) -> str:
+        """The hash by which the store finds the run, see `identify`."""
+        return self.path.name
+
+    @property
+    def accuracy(self) -> float:
+        """Validation accuracy after the last round, 0..1."""
+        return self.records[-1].accuracy
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `accuracy`."""
+        return self.records[-1].low, self.records[-1].high
+
+    @property
+    def note(self) -> str:
+        """What the last round had to say, "" normally."""
+        return self.records[-1].note if self.records else ""
+
+    @property
+    def uplink_bytes(self) -> int:
+        """Bytes that all clients sent in all rounds."""
+        return sum(record.uplink_bytes for record in self.records)
+
+    @property
+    def downlink_bytes(self) -> int:
+        """Bytes that the server sent to all clients in all rounds."""
+        return sum(record.downlink_bytes for record in self.records)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data the run was trained on."""
+        return load(self.experiment.dataset)
+
+    @property
+    def shards(self) -> list[Tensor]:
+        """Each client's indices into `dataset.train`."""
+        return task(self.experiment).shards
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained model on the CPU, in evaluation mode; it takes preprocessed inputs."""
+        dataset = self.dataset
+        module = build(self.experiment.model, dataset.shape, len(dataset.classes), self.experiment.seed)
+        FlatModel(module).weights.copy_(self.weights)
+        return module.eval()
+
+    def test(self) -> tuple[float, float, float]:
+        """Return accuracy, low and high (95 %) on the test split, which nothing else opens."""
+        job = task(self.experiment)
+        result = job.evaluate(self.weights, job.dataset.test)
+        hits, total = sum(result.correct), sum(result.total)
+        return hits / total, *wilson(hits, total)
+
+    def client_accuracy(self, record: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return accuracy, low and high (95 %) per client, each [clients], after one of the rounds.
+
+        Clients that are sites are measured on their site's validation samples. Elsewhere clients differ in their
+        label mix alone, so the accuracies per class are weighted by the client's own mix (post-stratification):
+        every validation sample counts for every client, and no client is judged on what it trained on.
+        """
+        job, seen = task(self.experiment), self.records[record]
+        total = np.maximum(np.array(seen.total, dtype=float), 1)
+        rate = np.array(seen.correct) / total
+        mix = label_counts(strata(self.experiment, job.dataset.train), job.shards, len(total)).numpy()
+        mix = mix / mix.sum(1, keepdims=True)
+        # Agresti and Coull's two extra hits and misses keep the spread of a class above zero at 0 % and 100 %.
+        smooth = (np.array(seen.correct) + 2) / (total + 4)
+        half = Z95 * np.sqrt((mix**2) @ (smooth * (1 - smooth) / (total + 4)))
+        mean = mix @ rate
+        return mean, np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1)
+
+
+def train(
+    experiment: Experiment, stop: Event | None = None, progress: Callable[[RoundRecord], None] | None = None
+) -> Run:
+    """Run an experiment, or answer it from the store, or go on where it stopped.
+
+    `progress` is called with every record, stored ones at once. Setting `stop` ends the run before its next batch;
+    the rounds so far are kept, and the same call later goes on to the same final weights. Another notebook that
+    trains the same experiment at this moment is waited for. Raises ValueError for an impossible experiment and
+    OSError when the store cannot be read or written.
+    """
+    folder = RunFolder(path_of(experiment))
+    tell = progress or (lambda record: None)
+    with folder.locked(stop):
+        state, records = folder.load(experiment)
+        for record in records:
+            tell(record)
+        if from_store := _over(state, records):
+            return _run(folder, state, records, from_store)
+        folder.prepare(experiment, records)
+        for latest, record in play(state, folder.clients, stop):
+            state = latest
+            folder.commit(state, record)
+            records.append(record)
+            tell(record)
+        folder.describe(experiment, records)
+        return _run(folder, state, records, from_store)
+
+
+def find(experiment: Experiment) -> Run | None:
+    """Return the finished (or diverged) run of this experiment from the store, or None."""
+    folder = RunFolder(path_of(experiment))
+    if not folder.path.exists():
+        return None
+    state, records = folder.load(experiment)
+    return _run(folder, state, records, from_store=True) if _over(state, records) else None
+
+
+def history() -> list[dict[str, Any]]:
+    """Return the stored runs, newest first: key, experiment (non-default fields), rounds, accuracy, when, machine."""
+    found = []
+    for file in runs_folder().glob("*/experiment.json"):
+        folder = RunFolder(file.parent)
+        try:
+            about, records = folder.about(), folder.records()
+        except (OSError, ValueError):
+            continue  # damaged, or being made at this moment: train says so when it is asked for
+        if records:
+            found.append({**about, "key": file.parent.name, "rounds": len(records), "accuracy": records[-1].accuracy})
+    return sorted(found, key=lambda run: run["when"], reverse=True)
+
+
+def runs_folder() -> Path:
+    """Where runs are kept: the folder that FEDLAB_RUNS names (relative to the project's root), or `runs/` there."""
+    return ROOT / os.environ.get("FEDLAB_RUNS", "runs")
+
+
+def path_of(experiment: Experiment) -> Path:
+    """Return the folder of the experiment's run, whether it exists or not."""
+    return runs_folder() / identify(experiment)
+
+
+def identify(experiment: Experiment) -> str:
+    """Return a short SHA-256 of all that decides a run's outcome.
+
+    The non-default fields, the schema, the package and torch versions, the data's digest and the source of what a
+    user registered: when one of them changes, the experiment is run again.
+    """
+    functions = [catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)]
+    facts = {
+        "schema": SCHEMA,
+        "experiment": experiment.changes(),
+        "versions": [version("fedlab-kit"), torch.__version__],
+        "data": load(experiment.dataset).digest,
+        "source": [catalog.source(f) for f in functions if not f.__module__.startswith("fedlab_kit.")],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _over(state: ServerState, records: list[RoundRecord]) -> bool:
+    return state.round >= state.experiment.rounds or (bool(records) and records[-1].diverged)
+
+
+def _run(folder: RunFolder, state: ServerState, records: list[RoundRecord], from_store: bool) -> Run:
+    diverged = bool(records) and records[-1].diverged
+    status = "diverged" if diverged else "finished" if _over(state, records) else "stopped"
+    about = folder.about()
+    measured = {name: about[name] for name in ("when", "machine", "torch", "seconds")}
+    weights = state.weights.cpu()
+    return Run(state.experiment, folder.path, tuple(records), weights, status, measured, from_store)

@@ -1,0 +1,34 @@
+"""Intervals against statsmodels' published formula, worked out by hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlab_kit.statistics import wilson
+
+
+def test_known_values():
+    # 8 of 10: centre (0.8 + 3.8415/20)/(1.38415) = 0.71674, half-width 0.22658
+    low, high = wilson(8, 10)
+    assert low == pytest.approx(0.49016, abs=1e-4)
+    assert high == pytest.approx(0.94332, abs=1e-4)
+
+
+def test_extremes_stay_in_range():
+    assert wilson(0, 5)[0] == 0.0 and wilson(0, 5)[1] > 0.3
+    assert wilson(5, 5)[1] == 1.0 and wilson(5, 5)[0] < 0.7
+
+
+@given(st.integers(1, 1000), st.data())
+def test_contains_the_share_and_is_symmetric(total, data):
+    hits = data.draw(st.integers(0, total))
+    low, high = wilson(hits, total)
+    assert 0 <= low <= hits / total + 1e-12 and hits / total - 1e-12 <= high <= 1
+    assert wilson(total - hits, total) == pytest.approx((1 - high, 1 - low))
+
+
+def test_agrees_with_scipy():
+    from scipy.stats import binomtest
+
+    interval = binomtest(37, 91).proportion_ci(method="wilson")
+    assert wilson(37, 91) == pytest.approx((interval.low, interval.high))
