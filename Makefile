@@ -13,7 +13,7 @@ lab: .venv/lab.stamp  ## set up, then open JupyterLab on notebooks/00_start_here
 
 test: .venv/test.stamp  ## set up, then run unit tests, notebooks under strict nbval and browser tests
 	@echo "test: the package and the notebooks, on two cores"
-	@$(PYTHON_IN_VENV) -m pytest -n 2 -m "not browser"
+	@$(PYTHON_IN_VENV) -m pytest -n 2 --dist worksteal -m "not browser"
 	@echo "test: JupyterLab in a browser"
 	@$(PYTHON_IN_VENV) -m pytest -m browser
 

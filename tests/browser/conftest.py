@@ -1,4 +1,4 @@
-"""A real JupyterLab in a real Chromium: the fixture `lab_page` opens notebooks in it and works like a learner.
+"""A real JupyterLab in a real Chromium: `lab_page` opens notebooks in it and works them like a learner.
 
     def test_something(lab_page):
         lab_page.open("00_start_here.ipynb")
@@ -7,7 +7,7 @@
         lab_page.screenshot("bench")
         assert lab_page.errors == []
 
-The server works on a copy of notebooks/ and on an empty run store, and takes its kernels with it when it ends.
+The server works on a copy of notebooks/ and on an empty run store; its kernels end with it.
 Pictures land in the folder that FEDLAB_SCREENSHOTS names, else in a temporary one.
 """
 
@@ -114,7 +114,7 @@ class LabPage:
         return path
 
 
-# The command behind the menu's entry: its promise holds until the last cell is done, and says if all succeeded.
+# The command behind the menu entry: its promise holds until the last cell is done, and says if all succeeded.
 RUN_ALL = """timeout => Promise.race([
   window.jupyterapp.commands.execute('notebook:run-all-cells').then(good => good || 'a cell failed'),
   new Promise(resolve => setTimeout(() => resolve(`not done after ${timeout} ms`), timeout)),

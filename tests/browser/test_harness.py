@@ -1,4 +1,4 @@
-"""The harness itself, on notebooks that need nothing of fedlab_kit: a widget shows, listens to keys, answers."""
+"""The harness itself, on notebooks that need nothing of fedlab_kit: a widget shows and listens to keys."""
 
 import nbformat
 import pytest

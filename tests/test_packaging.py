@@ -1,0 +1,91 @@
+"""pyproject.toml, constraints.txt and environment.yml say the same, and so does what is installed here."""
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+DIRECT = [Requirement(line) for line in sum(EXTRAS.values(), PROJECT["dependencies"])]
+
+
+def read_pins() -> dict[str, str]:
+    """Name -> exact version, from constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert all(len(pin) == 2 for pin in pins), "constraints.txt holds nothing but name==version"
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+PINS = read_pins()
+
+
+def installed_closure(requirements: list[Requirement]) -> dict[str, str]:
+    """Name -> installed version of everything that these requirements bring; what is not installed is left out."""
+    found: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()
+    todo = [(requirement, extra) for requirement in requirements for extra in (*requirement.extras, "")]
+    while todo:
+        requirement, extra = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found[name] = distribution.version
+        for line in distribution.requires or []:
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                todo += [(needed, inner) for inner in (*needed.extras, "")]
+    return found
+
+
+@pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
+def test_every_direct_dependency_has_bounds_that_its_pin_meets(requirement):
+    operators = {part.operator for part in requirement.specifier}
+    assert operators == {"=="} if requirement.name == "torch" else ">=" in operators
+    assert PINS[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_everything_that_set_up_installs_is_pinned():
+    installed = installed_closure(DIRECT)
+    assert installed.keys() <= PINS.keys()
+    other = {name: version for name, version in installed.items() if Version(version).public != PINS[name]}
+    assert other == {}, "installed in other versions than constraints.txt says: run make setup"
+
+
+def test_torch_is_exactly_the_pinned_one_and_no_cuda_comes_with_it():
+    assert PINS["torch"] == "2.13.0"
+    assert Version(importlib.metadata.version("torch")).public == "2.13.0"
+    assert not [name for name in PINS if name.startswith(("nvidia", "cuda", "triton"))]
+
+
+def test_conda_and_binder_install_the_same():
+    python = next(line for line in ENVIRONMENT if str(line).startswith("python="))
+    assert python.removeprefix("python=") in SpecifierSet(PROJECT["requires-python"])
+    (pip,) = [entry["pip"] for entry in ENVIRONMENT if isinstance(entry, dict)]
+    assert [line for line in pip if not line.startswith("--extra-index-url ")] == ["-c constraints.txt", "-e ."]
+    assert "https://download.pytorch.org/whl/cpu" in pip[0]
+
+
+def test_set_up_accepts_the_pythons_that_the_project_supports():
+    lowest, highest = re.search(r"\((\d, \d+)\) <= .* < \((\d, \d+)\)", (ROOT / "tools/setup.sh").read_text()).groups()
+    assert PROJECT["requires-python"] == f">={lowest},<{highest}".replace(", ", ".")
+
+
+def test_lab_needs_nothing_of_the_scale_extra():
+    assert [Requirement(line).name for line in EXTRAS["scale"]] == ["flwr"]
+    assert "flwr" not in [Requirement(line).name for line in PROJECT["dependencies"] + EXTRAS["test"]]
