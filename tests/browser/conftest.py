@@ -88,9 +88,7 @@ class LabPage:
     def open(self, name: str) -> None:
         """Open a notebook of `lab.notebooks` in a workspace of its own and wait until its kernel is idle."""
         workspace = secrets.token_hex(4)
-        self.page.goto(
-            f"{self.lab.url}/lab/workspaces/{workspace}/tree/notebooks/{name}?token={self.lab.token}"
-        )
+        self.page.goto(f"{self.lab.url}/lab/workspaces/{workspace}/tree/notebooks/{name}?token={self.lab.token}")
         self.page.locator(".jp-NotebookPanel:visible .jp-Cell").first.wait_for(timeout=60_000)
         self.wait_idle()
 
@@ -127,9 +125,7 @@ def chromium() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     if program is None:
         give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up(
-            "no Chromium for the browser tests: sudo apt install chromium, or brew install --cask chromium"
-        )
+        give_up("no Chromium for the browser tests: sudo apt install chromium, or brew install --cask chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=CHROMIUM_FLAGS)
         yield browser
