@@ -59,7 +59,9 @@ class Run:
 
     @property
     def accuracy(self) -> float:
-        """Validation accuracy after the last round, 0..1."""
+        """Validation accuracy after the last round, 0..1. Raises ValueError when no round was finished."""
+        if not self.records:
+            raise ValueError("no round was finished, so there is no accuracy yet: train the experiment again")
         return self.records[-1].accuracy
 
     @property

@@ -9,7 +9,7 @@ from threading import Event
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.task import Task, chance, task
@@ -42,6 +42,8 @@ def cohort_step(
     stop: Event | None = None,
 ) -> tuple[dict[int, bytes], dict[int, ClientState]]:
     """Do `client_step` for several clients at once; `stop` is looked at before every batch (raises `Stopped`)."""
+    if not broadcasts:
+        return {}, {}
     job = task(experiment)
     ids = sorted(broadcasts, key=lambda client: (-job.samples(client), client))
     received = [_unpack(job, broadcasts[client]) for client in ids]
@@ -165,12 +167,14 @@ def _train_one(
     experiment, model = job.experiment, job.model
     trainable = slice(0, model.layout.trainable)
     model.weights.copy_(weights)
-    model.module.train()
+    averages = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.module.modules())
     with torch.random.fork_rng():
         torch.manual_seed(int(chance(experiment, "module", *seed).integers(2**63)))
         for batch in plan:
             _check(stop)
             index = torch.from_numpy(batch[batch >= 0]).to(experiment.device)
+            # A batch of one sample has no statistics of its own: BatchNorm uses the running ones.
+            model.module.train(len(index) > 1 or not averages)
             extra = rule.gradient(model.weights, slice(row, row + 1))
             model.gradient.zero_()
             F.cross_entropy(model.module(job.inputs(index)), job.y[index]).backward()

@@ -110,7 +110,7 @@ def server_step(state: ServerState, payloads: Mapping[int, bytes]) -> tuple[Serv
     """
     experiment, job = state.experiment, task(state.experiment)
     updates, refused = _receive(job, payloads)
-    weights, slots = _combine(state, updates)
+    weights, slots = _combine(job, state, updates)
     result = job.evaluate(weights, job.dataset.validation)
     finite = isfinite(result.loss) and (bool(updates) or any(payloads.values()) or not payloads)
     hits, total = sum(result.correct), sum(result.total)
@@ -153,15 +153,16 @@ def _receive(
     return updates, tuple(refused)
 
 
-def _combine(state: ServerState, updates: Mapping[int, tuple[int, list[Tensor]]]) -> tuple[Tensor, Slots]:
+def _combine(job: Task, state: ServerState, updates: Mapping[int, tuple[int, list[Tensor]]]) -> tuple[Tensor, Slots]:
     """Return the new weights [P] and slots: the strategy's step along the weighted mean update."""
     if not updates:
         return state.weights, state.slots
-    experiment, slots = state.experiment, state.slots
+    experiment, slots, trainable = state.experiment, state.slots, job.model.layout.trainable
     mean, samples = torch.zeros_like(state.weights), sum(count for count, _ in updates.values())
     for count, vectors in updates.values():
         mean.add_(vectors[0], alpha=count / samples)
     step, slots = STRATEGIES[experiment.strategy](experiment, slots, mean)
+    step[trainable:] = mean[trainable:]  # running statistics are averaged; a server optimizer has no business there
     if "control" in slots:
         shift = torch.stack([vectors[1] for _, vectors in updates.values()]).sum(0)
         slots = {**slots, "control": slots["control"] + shift / experiment.clients}

@@ -1,0 +1,273 @@
+"""Runs: the store answers, resumes, and loses nothing, whatever happens in between."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import fedlab_kit as fk
+from fedlab_kit import catalog, runs
+from fedlab_kit.files import StoreError, read_tensors, write_bytes, write_tensors
+from fedlab_kit.store import ClientFiles, RunFolder
+
+SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=5, lr=0.05)
+
+
+def test_a_run_is_plain_files_and_answered_from_the_store():
+    run = fk.train(SMALL)
+    assert run.status == "finished" and not run.from_store and len(run.records) == 5
+    assert {"experiment.json", "records.jsonl", "state.safetensors"} <= {p.name for p in run.path.iterdir()}
+    assert json.loads((run.path / "experiment.json").read_text())["experiment"] == SMALL.changes()
+    seen = []
+    again = fk.train(SMALL, progress=seen.append)
+    assert again.from_store and tuple(seen) == again.records == run.records
+    assert torch.equal(again.weights, run.weights)
+    assert fk.find(SMALL).records == run.records and fk.find(SMALL.replace(seed=8)) is None
+    assert [entry["key"] for entry in fk.history()] == [run.key]
+    assert set(run.measured) == {"when", "machine", "torch", "seconds"}
+
+
+def test_the_model_is_the_last_rounds():
+    run = fk.train(SMALL)
+    validation = run.dataset.validation
+    with torch.no_grad():
+        answers = run.model(run.dataset.preprocess(validation.x)).argmax(1)
+    assert (answers == validation.y).double().mean().item() == run.accuracy
+    accuracy, low, high = run.test()
+    with torch.no_grad():
+        answers = run.model(run.dataset.preprocess(run.dataset.test.x)).argmax(1)
+    assert accuracy == (answers == run.dataset.test.y).double().mean().item() and low < accuracy < high
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "scaffold"])
+@pytest.mark.parametrize("model", ["mlp", "norm_net"])
+def test_a_stopped_run_goes_on_to_the_same_weights(strategy, model, monkeypatch, tmp_path):
+    experiment = SMALL.replace(strategy=strategy, model=model)
+    whole = fk.train(experiment)
+    monkeypatch.setenv("FEDLAB_RUNS", str(tmp_path / "other"))
+    for rounds in (2, 3):
+        stop = threading.Event()
+        part = fk.train(experiment, stop, lambda r, n=rounds, s=stop: s.set() if r.round == n else None)
+        assert part.status == "stopped" and len(part.records) == rounds
+    rest = fk.train(experiment)
+    assert rest.status == "finished" and torch.equal(rest.weights, whole.weights)
+    assert [r.accuracy for r in rest.records] == [r.accuracy for r in whole.records]
+
+
+def test_a_killed_process_goes_on_to_the_same_weights(runs_folder, monkeypatch, tmp_path):
+    code = """
+import sys; sys.path.insert(0, {tests!r})
+import worlds; worlds.register()
+import fedlab_kit as fk, time
+experiment = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=5, lr=0.05,
+                           strategy="scaffold")
+def slow(record):
+    print(record.round, flush=True)
+    if record.round == 3: time.sleep(60)
+fk.train(experiment, progress=slow)
+"""
+    command = [sys.executable, "-c", code.format(tests=os.path.dirname(__file__))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.strip() == "3":
+                break
+        process.send_signal(signal.SIGKILL)
+    experiment = SMALL.replace(strategy="scaffold")
+    seen = []
+    rest = fk.train(experiment, progress=lambda r: seen.append(r.round))
+    assert seen == [1, 2, 3, 4, 5] and rest.records[2].seconds > 0
+    monkeypatch.setenv("FEDLAB_RUNS", str(tmp_path / "other"))
+    assert torch.equal(fk.train(experiment).weights, rest.weights)
+
+
+def test_a_round_that_was_half_written_does_not_count():
+    run = fk.train(SMALL.replace(strategy="scaffold", rounds=4))
+    longer = SMALL.replace(strategy="scaffold", rounds=6)
+    whole = fk.train(longer)
+    folder = RunFolder(whole.path)
+    # Put back what the disk holds when a kill comes after the client files and the record of round 5.
+    for file in (run.path / "clients").iterdir():
+        (folder.path / "clients" / file.name).write_bytes(file.read_bytes())
+    tensors, _ = read_tensors(run.path / "state.safetensors")
+    write_tensors(folder.path / "state.safetensors", tensors, {"round": "4"})
+    lines = (folder.path / "records.jsonl").read_text().splitlines(keepends=True)
+    (folder.path / "records.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
+    assert torch.equal(fk.train(longer).weights, whole.weights)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "records.jsonl"])
+def test_a_damaged_file_is_named(name):
+    run = fk.train(SMALL)
+    file = run.path / name
+    file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
+    with pytest.raises(StoreError, match=f"{run.key}.*damaged.*delete"):
+        fk.train(SMALL)
+
+
+def test_what_decides_the_outcome_decides_the_key(monkeypatch):
+    key = runs.identify(SMALL)
+    assert key == runs.identify(SMALL.replace()) != runs.identify(SMALL.replace(lr=0.06))
+    monkeypatch.setattr(runs, "version", lambda name: "99")
+    assert runs.identify(SMALL) != key
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert runs.identify(SMALL) != key
+
+
+def test_a_changed_model_function_is_another_run():
+    def one(shape, classes):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, classes))
+
+    catalog.model("mine")(one)
+    first = fk.train(SMALL.replace(model="mine"))
+
+    def two(shape, classes):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, classes, bias=False))
+
+    catalog.model("mine")(two)
+    second = fk.train(SMALL.replace(model="mine"))
+    assert not second.from_store and second.key != first.key and len(second.weights) == 18
+
+
+def test_changed_data_is_another_run():
+    def made(offset):
+        from worlds import blobs
+
+        original = blobs()
+        split = fk.Split(original.train.x + offset, original.train.y)
+        return fk.Dataset("moved", original.classes, split, *[original.validation] * 3, original.preprocess)
+
+    keys = set()
+    for offset in (0.0, 1.0):
+        catalog.dataset("moved")(lambda offset=offset: made(offset))
+        keys.add(runs.identify(SMALL.replace(dataset="moved")))
+    assert len(keys) == 2
+
+
+def test_divergence_keeps_its_records():
+    run = fk.train(SMALL.replace(lr=10.0, rounds=60, local_epochs=20))
+    assert run.status == "diverged" and run.note.startswith("diverged") and run.records[-1].loss is None
+    again = fk.find(run.experiment)
+    assert again.status == "diverged" and again.records == run.records
+
+
+def test_two_notebooks_on_one_run_share_it():
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(fk.train(SMALL))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(run.from_store for run in results) == [False, True, True]
+    assert all(torch.equal(run.weights, results[0].weights) for run in results)
+
+
+def test_waiting_for_another_notebook_can_be_stopped():
+    folder = RunFolder(runs.path_of(SMALL))
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    holding, release = threading.Event(), threading.Event()
+
+    def hold():
+        with folder.locked(None):
+            holding.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait(5)
+    with pytest.raises(TimeoutError, match="in use by another notebook"):
+        fk.train(SMALL, stop)
+    release.set()
+    thread.join()
+
+
+def test_a_store_that_cannot_be_written_says_so(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FEDLAB_RUNS", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"cannot write .*file"):
+        fk.train(SMALL)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    write_bytes(path, b"old")
+
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(StoreError, match=r"cannot write .*a\.bin: No space left on device"):
+        write_bytes(path, b"new content")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"] and path.read_bytes() == b"old"
+
+
+def test_relative_folders_resolve_against_the_project(monkeypatch):
+    monkeypatch.setenv("FEDLAB_RUNS", "somewhere/else")
+    assert runs.runs_folder() == runs.ROOT / "somewhere/else"
+    monkeypatch.delenv("FEDLAB_RUNS")
+    assert runs.runs_folder() == runs.ROOT / "runs"
+
+
+def test_client_files_keep_one_version_per_client(tmp_path):
+    files = ClientFiles(tmp_path)
+    for round, value in ((1, 1.0), (2, 2.0)):
+        files[7] = {"control": torch.tensor([value])}
+        files.flush(round)
+        files.settle(round)
+    assert [p.name for p in tmp_path.iterdir()] == ["7-2.safetensors"]
+    assert files[7]["control"].item() == 2.0 and list(files) == [7] and len(files) == 1
+    fresh = ClientFiles(tmp_path)
+    fresh.rewind(2)
+    assert fresh[7]["control"].item() == 2.0
+    fresh.rewind(1)
+    assert list(fresh) == [] and not list(tmp_path.iterdir())
+
+
+def test_client_accuracy_weighs_classes_by_the_clients_mix():
+    run = fk.train(SMALL.replace(partition="shards"))
+    mean, low, high = run.client_accuracy()
+    record, labels = run.records[-1], run.dataset.train.y
+    for client, shard in enumerate(run.shards):
+        rates = [record.correct[y] / record.total[y] for y in labels[shard].tolist()]
+        assert mean[client] == pytest.approx(np.mean(rates))
+    assert (low <= mean).all() and (mean <= high).all()
+
+
+def test_clients_that_are_sites_are_measured_on_their_own_site():
+    experiment = SMALL.replace(dataset="blobs_at_sites", partition="site", clients=3, clients_per_round=3)
+    run = fk.train(experiment)
+    validation = run.dataset.validation
+    with torch.no_grad():
+        hit = run.model(run.dataset.preprocess(validation.x)).argmax(1) == validation.y
+    expected = [hit[validation.site == site].double().mean().item() for site in range(3)]
+    assert run.client_accuracy()[0] == pytest.approx(expected)
+
+
+def test_train_within_another_thread_than_evaluate():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(fk.train(SMALL)))
+    thread.start()
+    thread.join()
+    assert found[0].test() == fk.find(SMALL).test()
+
+
+def test_stop_during_a_long_round_is_quick():
+    experiment = SMALL.replace(local_epochs=1000, rounds=1)
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    began = time.monotonic()
+    run = fk.train(experiment, stop)
+    assert run.status == "stopped" and run.records == () and time.monotonic() - began < 30
+    with pytest.raises(ValueError, match="no round"):
+        _ = run.accuracy
