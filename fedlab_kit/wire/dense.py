@@ -76,11 +76,8 @@ class Grid(Codec):
         scale = _spread(unpack_scales(packed, len(packed) // 2), self.bucket, len(x))
         with np.errstate(invalid="ignore"):  # 0 / 0 in a bucket of zeros
             ratio = np.nan_to_num(x / scale) * self.levels
-        if self.rounding == "stochastic":
-            code = np.floor(ratio + rng.random(len(x), np.float32))
-        else:
-            code = np.rint(ratio)
-        digits = code.clip(-self.levels, self.levels) + self.levels
+        lift = rng.random(len(x), np.float32) if self.rounding == "stochastic" else np.float32(0.5)
+        digits = np.floor(ratio + lift).clip(-self.levels, self.levels) + self.levels
         return packed + pack_digits(digits.astype(np.uint8), 2 * self.levels + 1)
 
     def decode(self, body: bytes, size: int) -> Tensor:
@@ -96,7 +93,7 @@ class Grid(Codec):
         packed = self._scales(vector.numpy())
         scale = _spread(unpack_scales(packed, len(packed) // 2), self.bucket, vector.numel())
         share = (1 if self.rounding == "stochastic" else 0.5) / self.levels
-        return torch.from_numpy(scale * (share + 2**-20) + 2**-149)
+        return torch.from_numpy(scale * (share + 2**-20) + self.levels * 2**-149)
 
     def limit(self, size: int) -> int:
         """Exactly this many bytes."""
@@ -166,9 +163,7 @@ class Sign(Codec):
     def bound(self, vector: Tensor) -> Tensor:
         """The distance to the farther (stochastic) or the nearer (nearest) of plus and minus the scale."""
         packed = self._scales(vector.numpy())
-        scale = torch.from_numpy(
-            _spread(unpack_scales(packed, len(packed) // 2), self.bucket, vector.numel())
-        )
+        scale = torch.from_numpy(_spread(unpack_scales(packed, len(packed) // 2), self.bucket, vector.numel()))
         size = vector.abs()
         return size + scale if self.rounding == "stochastic" else (size - scale).abs()
 

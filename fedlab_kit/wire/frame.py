@@ -23,9 +23,7 @@ _FIELDS = struct.Struct("<BBII")
 ZSTD = 1  # flag: the body went through zstd
 
 
-def pack(
-    codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator, zstd: bool = False
-) -> bytes:
+def pack(codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator, zstd: bool = False) -> bytes:
     """One frame with a float32 vector [P] and the number of samples behind it; ValueError if not finite.
 
     `zstd` compresses the body where that makes it shorter.

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .codec import Codec, codec, make
+from .codec import CODECS, Codec, Rounding, codec, make
 from .steps import pack_count, pack_positions, unpack_count, unpack_positions
 
 
@@ -18,6 +18,13 @@ class TopK(Codec):
     The codec `values` packs them. What is left out is lost unless error feedback brings it back.
     """
 
+    def __init__(self, keep: float, bucket: int, rounding: Rounding, values: str) -> None:
+        super().__init__(keep, bucket, rounding, values)
+        allowed = [name for name, cls in CODECS.items() if not issubclass(cls, TopK)]
+        if values not in allowed:
+            raise ValueError(f"values must be one of {', '.join(allowed)}, got {values!r}")
+        self.inner = make(values, bucket=bucket, rounding=rounding)
+
     def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
         """How many, where (Rice-coded gaps or a bitmap, whichever is shorter), and the values."""
         x = vector.numpy()
@@ -25,7 +32,7 @@ class TopK(Codec):
         if not len(chosen):
             return pack_count(0)
         positions = pack_positions(chosen, len(x))
-        return pack_count(len(chosen)) + positions + self._inner().encode(torch.from_numpy(x[chosen]), rng)
+        return pack_count(len(chosen)) + positions + self.inner.encode(torch.from_numpy(x[chosen]), rng)
 
     def decode(self, body: bytes, size: int) -> Tensor:
         """The values in their places, zeros elsewhere."""
@@ -34,7 +41,7 @@ class TopK(Codec):
         if not count and start == len(body):
             return vector
         positions, used = unpack_positions(body[start:], count, size)
-        vector[torch.from_numpy(positions)] = self._inner().decode(body[start + used :], count)
+        vector[torch.from_numpy(positions)] = self.inner.decode(body[start + used :], count)
         return vector
 
     def bound(self, vector: Tensor) -> Tensor:
@@ -42,16 +49,12 @@ class TopK(Codec):
         x = vector.numpy()
         chosen = torch.from_numpy(self._choose(x))
         bound = vector.abs()
-        bound[chosen] = self._inner().bound(vector[chosen])
+        bound[chosen] = self.inner.bound(vector[chosen])
         return bound
 
     def limit(self, size: int) -> int:
         """A bitmap is never beaten by more than it takes."""
-        return 6 + -(-size // 8) + self._inner().limit(self._most(size))
-
-    def _inner(self) -> Codec:
-        """The codec of the values that are sent."""
-        return make(self.values, bucket=self.bucket, rounding=self.rounding)
+        return 6 + -(-size // 8) + self.inner.limit(self._most(size))
 
     def _most(self, size: int) -> int:
         return max(1, round(self.keep * size))
@@ -71,5 +74,5 @@ class STC(TopK):
     entries sent, not of all. Needs error feedback.
     """
 
-    def _inner(self) -> Codec:
-        return make("sign", bucket=2**31, rounding="nearest")
+    def __init__(self, keep: float, bucket: int, rounding: Rounding, values: str) -> None:
+        super().__init__(keep, bucket=2**31, rounding="nearest", values="sign")
