@@ -38,9 +38,13 @@ def unpack(payload: bytes, codec: Codec, *, size: int, count: int = 1) -> tuple[
 
     Allocates nothing beyond what `codec` can need for `size` numbers, whatever the payload claims.
     """
-    vectors, samples, start = [], 0, 0
+    vectors: list[Tensor] = []
+    samples = start = 0
     for _ in range(count):
+        before = samples
         body, samples, start = _body(payload, start, codec, size)
+        if vectors and samples != before:
+            raise PayloadError(f"its frames state {before} and {samples} samples")
         vector = codec.decode(body, size)
         if vector.shape != (size,) or not bool(torch.isfinite(vector).all()):
             raise PayloadError("the payload holds NaN or infinity, or too few numbers")
