@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.task import Task, chance, task
-from fedlab_kit.wire import make, pack, unpack
+from fedlab_kit.wire import finite, make, pack, unpack
 
 ClientState = dict[str, Tensor]
 
@@ -46,7 +46,8 @@ def cohort_step(
         return {}, {}
     job = task(experiment)
     ids = sorted(broadcasts, key=lambda client: (-job.samples(client), client))
-    received = [_unpack(job, broadcasts[client]) for client in ids]
+    opened = {message: _unpack(job, message) for message in set(broadcasts.values())}  # mostly one and the same
+    received = [opened[broadcasts[client]] for client in ids]
     start = torch.stack([vectors[0] for vectors in received])
     if experiment.strategy == "scaffold":
         control = torch.stack([vectors[1] for vectors in received])
@@ -89,10 +90,11 @@ class Rule:
 
 def _pack(job: Task, round: int, client: int, vectors: list[Tensor]) -> bytes:
     """Return the client's payload; an empty one says that its training diverged and there is nothing to send."""
-    if not all(torch.isfinite(vector).all() for vector in vectors):
+    vectors = [vector.cpu() for vector in vectors]
+    if not all(map(finite, vectors)):
         return b""
     rng = chance(job.experiment, "encode", round, client)
-    frames = [pack(make("fp32"), v.cpu(), samples=job.samples(client), rng=rng) for v in vectors]
+    frames = [pack(make("fp32"), v, samples=job.samples(client), rng=rng) for v in vectors]
     return b"".join(frames)
 
 

@@ -92,7 +92,7 @@ class Stack:
         for part in x.split(self._chunk):
             y = part.unsqueeze(0).movedim(1, -1)
             for layer, parameters in zip(self.layers, used, strict=True):
-                y, _ = layer.forward(parameters, y)
+                y = layer.forward(parameters, y)[0]
             answers.append(y[0].t())
         return torch.cat(answers)
 

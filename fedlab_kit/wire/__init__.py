@@ -3,7 +3,7 @@
 from . import dense, sparse  # registers the built-in codecs
 from .codec import CODECS, Codec, codec, make
 from .frame import compensate, pack, unpack
-from .steps import PayloadError
+from .steps import PayloadError, finite
 
 __all__ = [
     "CODECS",
@@ -12,6 +12,7 @@ __all__ = [
     "codec",
     "compensate",
     "dense",
+    "finite",
     "make",
     "pack",
     "sparse",

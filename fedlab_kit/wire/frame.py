@@ -12,11 +12,10 @@ import struct
 import zlib
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .codec import Codec
-from .steps import PayloadError
+from .steps import PayloadError, finite
 
 HEADER = struct.Struct("<BBIII")
 _FIELDS = struct.Struct("<BBII")
@@ -28,7 +27,7 @@ def pack(codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator
 
     `zstd` compresses the body where that makes it shorter.
     """
-    if not bool(torch.isfinite(vector).all()):
+    if not finite(vector):
         raise ValueError("the update holds NaN or infinity: lower the learning rate")
     return _frame(codec, codec.encode(vector, rng), samples, zstd)
 
@@ -46,7 +45,7 @@ def unpack(payload: bytes, codec: Codec, *, size: int, count: int = 1) -> tuple[
         if vectors and samples != before:
             raise PayloadError(f"its frames state {before} and {samples} samples")
         vector = codec.decode(body, size)
-        if vector.shape != (size,) or not bool(torch.isfinite(vector).all()):
+        if vector.shape != (size,) or not finite(vector):
             raise PayloadError("the payload holds NaN or infinity, or too few numbers")
         vectors.append(vector)
     if start != len(payload):
@@ -68,7 +67,7 @@ def compensate(
     Returns (payload, new residual [P]). The residual belongs to one sender and is kept by client id.
     """
     wanted = update + residual
-    if not bool(torch.isfinite(wanted).all()):
+    if not finite(wanted):
         raise ValueError("the update holds NaN or infinity: lower the learning rate")
     body = codec.encode(wanted, rng)
     return _frame(codec, body, samples, zstd), wanted - codec.decode(body, wanted.numel())

@@ -10,12 +10,18 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Array = NDArray[np.generic]
 
 
 class PayloadError(ValueError):
     """A payload is refused; the message is the reason, in a few words."""
+
+
+def finite(vector: Tensor) -> bool:
+    """Whether every number of a float32 vector on the CPU is finite; numpy looks 40 times as fast as torch."""
+    return bool(np.isfinite(vector.numpy()).all())
 
 
 def pack_digits(digits: Array, base: int) -> bytes:
