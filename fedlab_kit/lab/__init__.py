@@ -1,0 +1,1 @@
+"""What a notebook imports last: plots, controls made from field metadata, and the workbench."""
