@@ -1,0 +1,239 @@
+"""Differential privacy and secure aggregation: lengths, noise, epsilon against known values, masks that cancel."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedlab_kit.wire import CODECS, make
+from fedlab_kit.wire.privacy import (
+    COMPATIBLE,
+    clip,
+    epsilon,
+    from_grid,
+    gaussian,
+    mask,
+    noisy_mean,
+    poisson_sample,
+    private_gradient,
+    to_grid,
+)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def noise(size: int, seed: int = 0) -> Tensor:
+    return gaussian(size, 1.0, rng(seed))
+
+
+# --- client level ---
+
+
+def test_clipping_shortens_long_updates_and_leaves_short_ones() -> None:
+    assert clip(torch.tensor([3.0, 4.0]), 1.0).tolist() == pytest.approx([0.6, 0.8])
+    assert clip(torch.tensor([0.3, 0.4]), 1.0).tolist() == pytest.approx([0.3, 0.4])
+    assert clip(torch.zeros(2), 1.0).tolist() == [0, 0]
+
+
+def test_the_denominator_is_fixed_whoever_comes() -> None:
+    one = torch.tensor([1.0, 0.0])
+    assert noisy_mean([one], 1.0, 0.0, 4.0, rng(), 2).tolist() == [0.25, 0]
+    assert noisy_mean([one, one], 1.0, 0.0, 4.0, rng(), 2).tolist() == [0.5, 0]
+    assert noisy_mean([], 1.0, 0.0, 4.0, rng(), 2).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("codec", ["ternary", "sign"])
+def test_no_client_moves_the_sum_by_more_than_the_clip_even_if_its_codec_lengthens(codec: str) -> None:
+    sent = clip(noise(500), 1.0)
+    one = make(codec)
+    received = one.decode(one.encode(sent, rng()), 500)
+    assert received.norm() > 1.3
+    with_it, without = (noisy_mean(u, 1.0, 0.5, 1.0, rng(3), 500) for u in ([received], []))
+    assert (with_it - without).norm() <= 1 + 1e-5
+
+
+def test_the_noise_has_the_stated_deviation() -> None:
+    mean = noisy_mean([], norm=2.0, noise_multiplier=3.0, expected=10.0, rng=rng(), size=200_000)
+    assert mean.std() == pytest.approx(0.6, rel=0.01)
+    assert mean.mean() == pytest.approx(0, abs=0.01)
+
+
+def test_poisson_sampling_draws_each_on_its_own() -> None:
+    draws = [poisson_sample(100, 0.1, rng(seed)) for seed in range(2000)]
+    sizes = np.array([len(draw) for draw in draws])
+    assert sizes.mean() == pytest.approx(10, abs=0.3)
+    assert sizes.var() == pytest.approx(9, rel=0.15)
+    assert all(len(set(draw)) == len(draw) for draw in draws)
+    assert len(poisson_sample(5, 1.0, rng())) == 5
+
+
+# --- epsilon ---
+
+
+def test_epsilon_of_one_full_gaussian_matches_the_formula() -> None:
+    """Rényi order a of one Gaussian costs a / (2 s^2); converted as in Canonne, Kamath and Steinke (2020)."""
+    sigma, delta = 2.0, 1e-5
+    a = np.linspace(1.1, 200, 100_000)
+    best = (a / (2 * sigma**2) + np.log((a - 1) / a) - (np.log(delta) + np.log(a)) / (a - 1)).min()
+    assert epsilon(sigma, 1.0, 1, delta) == pytest.approx(best, rel=0.01)
+
+
+def test_epsilon_of_a_known_sampled_run() -> None:
+    """A well-known setting: 60,000 records, batches of 256, 60 epochs, noise 1.1, delta 1e-5: about 3."""
+    assert epsilon(1.1, 256 / 60_000, 60 * 60_000 // 256, 1e-5) == pytest.approx(3.0, abs=0.5)
+
+
+def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise() -> None:
+    base = epsilon(1.0, 0.01, 100, 1e-5)
+    assert epsilon(1.0, 0.01, 200, 1e-5) > base
+    assert epsilon(1.0, 0.02, 100, 1e-5) > base
+    assert epsilon(2.0, 0.01, 100, 1e-5) < base
+    assert epsilon(0.0, 0.01, 100, 1e-5) == float("inf")
+    assert epsilon(0.0, 0.01, 0, 1e-5) == 0
+
+
+def test_epsilon_agrees_with_an_independent_accountant() -> None:
+    from opacus.accountants import PRVAccountant
+
+    other = PRVAccountant()
+    other.history = [(1.0, 0.05, 200)]
+    tight = other.get_epsilon(delta=1e-5)
+    assert tight < epsilon(1.0, 0.05, 200, 1e-5) < 1.3 * tight
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"rate": 0.0}, "rate must be"), ({"delta": 1.0}, "delta must be")])
+def test_impossible_settings_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        epsilon(**{"noise_multiplier": 1.0, "rate": 0.1, "steps": 1, "delta": 1e-5, **changes})
+
+
+# --- record level ---
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def batch(count: int = 8) -> tuple[Tensor, Tensor]:
+    return noise(6 * count).view(count, 2, 3), torch.arange(count) % 3
+
+
+def test_without_clipping_and_noise_it_is_the_plain_gradient() -> None:
+    net, (x, y) = model(), batch()
+    F.cross_entropy(net(x), y).backward()
+    plain = torch.cat([p.grad.reshape(-1) for p in net.parameters()])
+    private = private_gradient(net, x, y, norm=1e9, noise_multiplier=0.0, expected=8, rng=rng())
+    assert torch.allclose(private, plain, atol=1e-6)
+
+
+def test_one_sample_moves_the_sum_by_at_most_the_norm() -> None:
+    net, (x, y) = model(), batch()
+    with_it, without = (
+        private_gradient(net, x[k:], y[k:], norm=0.1, noise_multiplier=1.0, expected=1, rng=rng(5)) for k in (0, 1)
+    )
+    assert (with_it - without).norm() == pytest.approx(0.1, rel=1e-4)
+
+
+def test_an_empty_batch_is_noise_alone() -> None:
+    net, (x, y) = model(), batch()
+    empty = private_gradient(net, x[:0], y[:0], norm=2.0, noise_multiplier=0.5, expected=4, rng=rng(1))
+    assert torch.equal(empty, gaussian(len(empty), 1.0, rng(1)) / 4)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_layer_that_mixes_samples_is_refused() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(6, 3), nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match="BatchNorm"):
+        private_gradient(net, *batch(), norm=1.0, noise_multiplier=1.0, expected=8, rng=rng())
+
+
+# --- secure aggregation ---
+
+STEP = 2.0**-10
+COHORT = [2, 3, 7, 11]
+
+
+def masked_sum(words: list[np.ndarray], cohort: list[int] = COHORT) -> np.ndarray:
+    sent = [mask(w, client, cohort, b"secret") for w, client in zip(words, cohort, strict=True)]
+    return np.add.reduce(sent, dtype=np.uint32)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=6, unique=True), st.integers(0, 1000))
+def test_masks_cancel_exactly_in_the_sum(cohort: list[int], seed: int) -> None:
+    words = [rng(seed + c).integers(2**32, size=20, dtype=np.uint32) for c in cohort]
+    assert masked_sum(words, cohort).tolist() == np.add.reduce(words, dtype=np.uint32).tolist()
+
+
+def test_a_masked_payload_looks_random_and_a_missing_one_leaves_noise() -> None:
+    words = [np.zeros(20_000, np.uint32)] * 4
+    sent = [mask(w, client, COHORT, b"secret") for w, client in zip(words, COHORT, strict=True)]
+    bits = np.unpackbits(sent[0].view(np.uint8))
+    assert bits.mean() == pytest.approx(0.5, abs=0.005)
+    assert not np.add.reduce(sent, dtype=np.uint32).any()
+    assert np.count_nonzero(np.add.reduce(sent[1:], dtype=np.uint32)) > 19_900
+
+
+def test_a_shared_grid_works() -> None:
+    updates = [noise(300, seed) for seed in range(4)]
+    total = from_grid(masked_sum([to_grid(u, STEP, rng(k)) for k, u in enumerate(updates)]), STEP)
+    assert COMPATIBLE["shared grid"].works
+    assert (total - torch.stack(updates).sum(0)).abs().max() <= 4 * STEP
+
+
+def test_the_shared_grid_is_unbiased() -> None:
+    back = from_grid(to_grid(torch.full((10_000,), -0.3), 1.0, rng()), 1.0)
+    assert back.mean() == pytest.approx(-0.3, abs=0.02)
+    assert set(back.tolist()) == {0.0, -1.0}
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "ternary", "sign"])
+def test_own_scales_do_not_add_up(name: str) -> None:
+    """No scale reads the sum of two clients' codes if one's updates are ten times as large; on one scale it works."""
+    one, update = make(name, rounding="nearest"), noise(400)
+
+    def misread(other: Tensor) -> float:
+        decoded = [one.decode(one.encode(u, rng()), 400) for u in (update, other)]
+        codes = sum((d / d[d != 0].abs().min()).round() for d in decoded)
+        true = decoded[0] + decoded[1]
+        return float((true - (true @ codes) / (codes @ codes) * codes).norm() / true.norm())
+
+    assert not COMPATIBLE[name].works
+    assert misread(update.flip(0)) < 1e-5
+    assert misread(10 * update.flip(0)) > 0.4
+
+
+@pytest.mark.parametrize("name", ["topk", "stc"])
+def test_own_positions_do_not_line_up(name: str) -> None:
+    updates = [noise(400, seed) for seed in range(2)]
+    one = make(name, keep=0.1)
+    places = [one.decode(one.encode(u, rng()), 400).nonzero().view(-1).tolist() for u in updates]
+    assert not COMPATIBLE[name].works
+    assert len(places[0]) == len(places[1]) == 40
+    assert sum(a == b for a, b in zip(*places, strict=True)) < 10
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16)])
+def test_float_masks_do_not_cancel(name: str, dtype: torch.dtype) -> None:
+    update, veil = 1e-3 * noise(400).to(dtype), (1e4 * noise(400, seed=1)).to(dtype)
+    assert not COMPATIBLE[name].works
+    assert ((update + veil - veil) - update).norm() > 0.1 * update.norm()
+
+
+def test_there_is_nothing_to_compress_in_masked_words() -> None:
+    words = mask(np.zeros(5_000, np.uint32), 2, COHORT, b"secret").tobytes()
+    assert not COMPATIBLE["zstd"].works
+    assert len(zstandard.compress(words)) >= len(words)
+
+
+def test_every_built_in_codec_is_in_the_table() -> None:
+    built_in = {name for name, cls in CODECS.items() if cls.id < 128}
+    assert built_in | {"zstd", "shared grid"} == set(COMPATIBLE)
+    assert all(entry.why for entry in COMPATIBLE.values())
