@@ -140,6 +140,20 @@ def test_codes_do_not_wrap_around() -> None:
     assert bool((back.diff() >= 0).all())
 
 
+class Highest:
+    """A generator whose every draw is the largest below one: 127 plus it rounds to 128 in float32."""
+
+    def random(self, size: int, dtype: type) -> np.ndarray:
+        return np.full(size, np.nextafter(dtype(1), dtype(0)), dtype)
+
+
+@pytest.mark.parametrize(("name", "bucket"), [("int8", 4), ("int4", 4), ("ternary", 4), ("sign", 4)])
+def test_the_largest_entry_survives_the_unluckiest_draw(name: str, bucket: int) -> None:
+    one, vector = make(name, bucket=bucket), torch.tensor([127.0, 1.0, 0.0, -127.0])
+    back = one.decode(one.encode(vector, Highest()), 4)  # type: ignore[arg-type]
+    assert bool(((back - vector).abs() <= one.bound(vector)).all())
+
+
 def test_each_bucket_has_its_own_scale() -> None:
     vector = torch.cat([torch.full((64,), 1e-4), torch.full((64,), 100.0)])
     small = there_and_back(make("int8", bucket=64, rounding="nearest"), vector)[:64]
