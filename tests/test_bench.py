@@ -146,7 +146,7 @@ def test_the_first_screen_holds_the_chosen_controls_and_nothing_twice():
 
 
 def test_an_unknown_control_is_refused():
-    with pytest.raises(ValueError, match="controls must be among dataset, .*, got 'colour'"):
+    with pytest.raises(ValueError, match=r"controls must be among dataset, .*, got 'colour'"):
         Bench(controls=["colour"])
 
 

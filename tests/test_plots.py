@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_the_description_names_the_round_the_accuracy_and_its_interval():
 @given(st.lists(st.floats(0, 100), max_size=8))
 def test_labels_do_not_touch_and_stay_below_the_top(heights):
     placed = plots._apart(sorted(heights), gap=6)
-    assert all(b - a >= 6 - 1e-9 for a, b in zip(placed[:-1], placed[1:], strict=True))
+    assert all(b - a >= 6 - 1e-9 for a, b in pairwise(placed))
     assert all(height <= 100 for height in placed)
 
 

@@ -20,9 +20,9 @@ CATALOGS = {"dataset": DATASETS, "model": MODELS}
 GROUPS = {
     "data": "data and clients",
     "training": "training",
-    "rounds": "compress while training",
+    "rounds": "compression while training",
     "wire": "the wire",
-    "compress": "compress the trained model",
+    "compress": "compression of the trained model",
 }
 STYLE = """<style>
 .fedlab-slider .noUi-handle { visibility: hidden; box-shadow: none; }
@@ -83,7 +83,8 @@ class Control:
         self.field.disabled = disabled
 
     def _field(self, value: Any) -> Any:
-        return widgets.Dropdown(options=_choices(self.info, self.extra, value), value=value, **self._look())
+        options = dict.fromkeys([*_choices(self.info), value])
+        return widgets.Dropdown(options=list(options), value=value, **self._look())
 
     def _row(self) -> Any:
         return self.field
@@ -174,8 +175,7 @@ class Controls:
         self.settings = settings
         self.errors: dict[str, str] = {}
         self.changed: Callable[[], None] = lambda: None
-        owner = type(settings)
-        self._controls = {name: _control(owner, name, getattr(settings, name)) for name in owner.model_fields}
+        self._controls = {name: _control(settings, name) for name in fields_with_control(type(settings))}
         for control in self._controls.values():
             control.field.observe(lambda change: self.check(), "value")
         self.check()
@@ -190,7 +190,7 @@ class Controls:
         values = {name: control.value for name, control in self._controls.items()}
         self.settings, self.errors = validate(self.settings, values)
         for name, control in self._controls.items():
-            control.show(self.errors.get(name, ""), values)
+            control.show(self.errors.get(name, ""), {**dict(self.settings), **values})
         self.changed()
 
     def complain(self, message: str) -> None:
@@ -245,15 +245,25 @@ def _toggle(button: Any, body: Any, title: str) -> None:
     button.description = f"{'Hide' if hidden else 'Show'} {title}"
 
 
-def _control(owner: type[Settings], name: str, value: Any) -> Control:
-    kind = Number if owner.model_fields[name].annotation in (int, float) else Control
-    return kind(owner, name, value)
+def fields_with_control(owner: type[Settings]) -> list[str]:
+    """Return the fields that one widget can hold: numbers and choices, not settings within settings."""
+    return [name for name, info in owner.model_fields.items() if _is_number(info) or _choices(info)]
 
 
-def _choices(info: Any, extra: dict[str, Any], value: Any) -> list[Any]:
-    """Return a Literal's values or the names in the field's catalog, `value` among them in any case."""
+def _control(settings: Settings, name: str) -> Control:
+    owner = type(settings)
+    kind = Number if _is_number(owner.model_fields[name]) else Control
+    return kind(owner, name, getattr(settings, name))
+
+
+def _is_number(info: Any) -> bool:
+    return info.annotation in (int, float)
+
+
+def _choices(info: Any) -> list[str]:
+    """Return a Literal's values or the names in the field's catalog; nothing for any other field."""
     literal = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
-    return list(dict.fromkeys([*literal, *CATALOGS.get(extra["source"], ()), value]))
+    return [*literal, *CATALOGS.get(info.json_schema_extra["source"], ())]
 
 
 def _allowed(owner: type[Settings], name: str, extra: dict[str, Any]) -> str:
