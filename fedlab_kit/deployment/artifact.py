@@ -1,0 +1,226 @@
+"""`compress`: a trained run and a recipe in, a file on disk that the runtime has loaded back and measured out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedlab_kit import data
+from fedlab_kit.compression.prune import plan_channels, prune_channels, prune_weights
+from fedlab_kit.deployment import convert, measure
+from fedlab_kit.deployment.export import export
+from fedlab_kit.experiment import Recipe
+from fedlab_kit.files import StoreError, write_bytes
+from fedlab_kit.runs import Run
+
+LEVEL = 19  # of zstandard
+SAMPLES = 8  # on which torch and the exported graph must agree
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A deployed file and what was measured on it.
+
+    `bytes` is the file's size, `zstd_bytes` that of `<name>.onnx.zst` beside it. `accuracy` with its 95 % `interval` is
+    the runtime's on the validation split. `latency_ms` is one raw sample's median and `latency_spread_ms` the distance
+    between its quartiles, `throughput` samples per second in batches of 64, both with `threads` threads. `sparsity` is
+    the share of zeros among the stored weights, `flops` those of the float graph on one sample. `note` says when a
+    recipe did not do what its name promises; `card` is the model card that lies beside the file.
+    """
+
+    path: Path
+    digest: str
+    bytes: int
+    zstd_bytes: int
+    accuracy: float
+    interval: tuple[float, float]
+    latency_ms: float
+    latency_spread_ms: float
+    throughput: float
+    threads: int
+    sparsity: float
+    parameters: int
+    flops: int
+    note: str
+    card: dict[str, Any] = field(repr=False)
+    session: Any = field(repr=False)
+
+    def predict(self, x: Tensor | np.ndarray) -> np.ndarray:
+        """Class probabilities float32 [n, classes] for raw samples [n, ...], typed as the data set stores them.
+
+        Raises ValueError for another type or shape.
+        """
+        raw, wanted = np.asarray(x), self.card["input"]
+        if str(raw.dtype) != wanted["dtype"] or list(raw.shape[1:]) != wanted["shape"] or not len(raw):
+            raise ValueError(
+                f"x must be raw {wanted['dtype']} [n, {', '.join(map(str, wanted['shape']))}] with n at least 1, "
+                f"got {raw.dtype} {list(raw.shape)}"
+            )
+        logits = measure.logits(self.session, raw)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+    def test(self) -> tuple[float, tuple[float, float]]:
+        """Open the test split: measure the file's accuracy on it, with its interval, and write both on the card."""
+        accuracy, interval = measure.accuracy(self.session, data.load(self.card["experiment"]["dataset"]).test)
+        self.card["test"] = {"accuracy": accuracy, "interval": list(interval)}
+        _write_card(self.path, self.card)
+        return accuracy, interval
+
+
+def compress(run: Run, recipe: Recipe, folder: Path | str | None = None, test: bool = False) -> Artifact:
+    """Prune, export, quantize, write, load back and measure; the files go to `folder` or the run's `artifacts/`.
+
+    The same run and recipe give the same bytes. `test` also opens the test split. Raises ValueError when the recipe
+    or the model makes it impossible, StoreError when a file cannot be written; nothing half-written stays behind.
+    """
+    dataset = run.dataset
+    model = prune(run.model, dataset.shape, recipe)
+    graph = export(model, dataset.preprocess, dataset.validation.x[:SAMPLES])
+    ranges = None
+    if (recipe.dtype, recipe.quantization) == ("int8", "static"):
+        ranges = convert.calibrate(graph, [dataset.train.x[shard] for shard in run.shards])
+    converted = convert.convert(graph, recipe.dtype, ranges)
+    path = Path(folder or run.path / "artifacts") / f"{run.experiment.model}-{run.key[:8]}-{slug(recipe)}.onnx"
+    try:
+        write_bytes(path, converted.SerializeToString(deterministic=True))
+        session = measure.open_session(path.read_bytes())
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (run.model, model))
+        measured = {
+            **_sizes(path),
+            **_behaviour(session, dataset.validation),
+            "sparsity": measure.sparsity(converted),
+            "parameters": after,
+            "flops": measure.flops(model, dataset.shape),
+            "note": _note(recipe, before, after, converted),
+        }
+        card = {
+            **_origin(run, recipe),
+            "parameters_before": before,
+            "digest": _digest(path.read_bytes()),
+            "measured": measured,
+        }
+        _write_card(path, card)
+    except BaseException:
+        for file in (path, *_beside(path)):
+            file.unlink(missing_ok=True)
+        raise
+    artifact = _artifact(path, card, session)
+    if test:
+        artifact.test()
+    return artifact
+
+
+def load(path: Path | str) -> Artifact:
+    """Open an artifact again. Raises StoreError, naming the file, when it or its card is missing, cut or altered."""
+    path = Path(path)
+    card_file, _ = _beside(path)
+    try:
+        content, card = path.read_bytes(), json.loads(card_file.read_text())
+        wanted = card["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} cannot be opened, it needs its model card {card_file.name} beside it: {error}"
+        ) from error
+    if (found := _digest(content)) != wanted:
+        raise StoreError(
+            f"{path} is truncated or altered: its SHA-256 begins with {found[:12]}, "
+            f"its card says {str(wanted)[:12]}; compress again"
+        )
+    return _artifact(path, card, measure.open_session(content))
+
+
+def prune(model: nn.Module, shape: tuple[int, ...], recipe: Recipe) -> nn.Module:
+    """Return the model as the recipe prunes it: a copy, or the model itself at ratio 0."""
+    if recipe.prune_ratio == 0:
+        return model
+    if recipe.prune == "weight":
+        return prune_weights(model, recipe.prune_ratio)
+    return prune_channels(model, shape, plan_channels(model, shape, recipe.prune_ratio))
+
+
+def slug(recipe: Recipe) -> str:
+    """A recipe as a part of a file's name, e.g. "channel-0.5-int8-static"."""
+    pruning = [recipe.prune, f"{recipe.prune_ratio}"] if recipe.prune_ratio else []
+    return "-".join([*pruning, recipe.dtype, *([recipe.quantization] if recipe.dtype == "int8" else [])])
+
+
+def _artifact(path: Path, card: dict[str, Any], session: Any) -> Artifact:
+    measured = {**card["measured"], "interval": tuple(card["measured"]["interval"])}
+    return Artifact(path=path, digest=card["digest"], card=card, session=session, **measured)
+
+
+def _origin(run: Run, recipe: Recipe) -> dict[str, Any]:
+    """The part of the card that says what the file is and what to feed it."""
+    return {
+        "experiment": run.experiment.model_dump(mode="json"),
+        "run": run.key,
+        "recipe": recipe.model_dump(mode="json"),
+        "data": {"name": run.dataset.name, "digest": run.dataset.digest, "classes": list(run.dataset.classes)},
+        "preprocess": run.dataset.preprocess.to_dict(),
+        "input": {
+            "name": "x",
+            "dtype": str(run.dataset.train.x.dtype).removeprefix("torch."),
+            "shape": list(run.dataset.shape),
+            "meaning": "a batch of raw values as stored; the graph preprocesses them",
+        },
+        "output": {"name": "logits", "shape": [len(run.dataset.classes)]},
+    }
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Write the compressed form beside the file; both sizes are those of the files."""
+    import zstandard
+
+    _, compressed = _beside(path)
+    write_bytes(compressed, zstandard.ZstdCompressor(level=LEVEL).compress(path.read_bytes()))
+    return {"bytes": path.stat().st_size, "zstd_bytes": compressed.stat().st_size}
+
+
+def _behaviour(session: Any, validation: data.Split) -> dict[str, Any]:
+    accuracy, interval = measure.accuracy(session, validation)
+    rows = np.arange(measure.BATCH) % len(validation)
+    [one] = measure.latencies([session], validation.x[:1])
+    [many] = measure.latencies([session], validation.x[rows])
+    return {
+        "accuracy": accuracy,
+        "interval": list(interval),
+        "latency_ms": one.median * 1e3,
+        "latency_spread_ms": one.spread * 1e3,
+        "throughput": measure.BATCH / many.median,
+        "threads": measure.THREADS,
+    }
+
+
+def _note(recipe: Recipe, before: int, after: int, converted: Any) -> str:
+    """Say so when the pruning removed nothing, or the dtype reached few of the weights or none."""
+    notes = []
+    if recipe.prune == "channel" and recipe.prune_ratio and after == before:
+        notes.append("channel pruning removed nothing: too few channels outside the class outputs")
+    weights = list(measure.stored_weights(converted).values())
+    total = sum(w.size for w in weights)
+    reached = sum(w.size for w in weights if w.dtype != np.float32)
+    if recipe.dtype != "fp32" and 2 * reached < total:
+        name = f"{recipe.dtype} {recipe.quantization}" if recipe.dtype == "int8" else recipe.dtype
+        reach = f"reaches only {reached / total:.1%} of the weights" if reached else "does nothing"
+        notes.append(f"{name} {reach} here: it is for Linear weights, the convolutions stay fp32")
+    return "; ".join(notes)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """The model card and the compressed form that belong to an artifact's file."""
+    return path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.zst")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_card(path: Path, card: dict[str, Any]) -> None:
+    write_bytes(_beside(path)[0], json.dumps(card, indent=1).encode())

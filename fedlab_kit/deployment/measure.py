@@ -1,0 +1,124 @@
+"""What is measured on a deployed file: accuracy, latency, sparsity. And the FLOPs of its float graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import quantiles
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlab_kit.data import Split
+from fedlab_kit.statistics import wilson
+
+THREADS = 1  # of the runtime, in every measurement
+BATCH = 64  # samples at once where throughput counts
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: the median, and the distance between the quartiles."""
+
+    median: float
+    spread: float
+
+
+def open_session(content: bytes) -> Any:
+    """Open a file's bytes in onnxruntime, on the CPU, with one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = THREADS
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def logits(session: Any, x: Tensor | np.ndarray, batch: int = 256) -> np.ndarray:
+    """Run raw samples [n, ...] through a session in batches; float32 logits [n, classes]."""
+    raw = np.asarray(x)
+    return np.concatenate([session.run(None, {"x": raw[i : i + batch]})[0] for i in range(0, len(raw), batch)])
+
+
+def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
+    """Return the accuracy of a session on a split, and its 95 % interval. Raises ValueError on an empty split."""
+    if len(split) == 0:
+        raise ValueError("accuracy needs at least one sample, got none")
+    correct = int((logits(session, split.x).argmax(1) == split.y.numpy()).sum())
+    return correct / len(split), wilson(correct, len(split))
+
+
+def timings(calls: Sequence[Callable[[], Any]], seconds: float = 0.03, least: int = 5) -> list[Timing]:
+    """Time several calls in turns, so that a disturbance of the machine meets them all alike.
+
+    Each runs once untimed, then in turns until `seconds` per call have passed and each ran `least` times.
+    """
+    for call in calls:
+        call()
+    taken: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds * len(calls)
+    while len(taken[0]) < least or time.perf_counter() < end:
+        for call, samples in zip(calls, taken, strict=True):
+            start = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - start)
+    return [_summary(samples) for samples in taken]
+
+
+def _summary(samples: list[float]) -> Timing:
+    low, middle, high = quantiles(samples, n=4, method="inclusive")
+    return Timing(middle, high - low)
+
+
+def latencies(sessions: Sequence[Any], x: Tensor | np.ndarray, seconds: float = 0.03) -> list[Timing]:
+    """Time sessions against each other on the same batch of raw samples [n, ...]."""
+    raw = np.asarray(x)
+
+    def runner(session: Any) -> Callable[[], Any]:
+        return lambda: session.run(None, {"x": raw})
+
+    return timings([runner(session) for session in sessions], seconds)
+
+
+def flops(model: nn.Module, shape: Sequence[int]) -> int:
+    """Count the floating-point operations of the float model on one sample; a multiply-add is two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.zeros(1, *shape))
+    return counter.get_total_flops()
+
+
+def sparsity(graph: Any) -> float:
+    """Return the share of zeros among the weights of an onnx.ModelProto, float or quantized (code zero).
+
+    Weights are what Conv, Gemm and MatMul nodes multiply activations by. Shared weights count once.
+    """
+    weights = stored_weights(graph).values()
+    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.size for w in weights))
+
+
+def stored_weights(graph: Any) -> dict[str, np.ndarray]:
+    """Return the stored values or codes of each weight, by the name of its initializer."""
+    from onnx import numpy_helper
+
+    stored = {item.name: item for item in graph.graph.initializer}
+    # a quantized weight reaches its node through a DequantizeLinear, a half-precision one perhaps through a Cast
+    through = {n.output[0]: n.input[0] for n in graph.graph.node if n.op_type in ("DequantizeLinear", "Cast")}
+    weights = {}
+    for node in graph.graph.node:
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits"):
+            name = through.get(node.input[1], node.input[1])
+            if name in stored:
+                values = numpy_helper.to_array(stored[name])
+                weights[name] = unpack_int4(values, node) if node.op_type == "MatMulNBits" else values
+    return weights
+
+
+def unpack_int4(packed: np.ndarray, node: Any) -> np.ndarray:
+    """Return the codes -8..7 [N, K] of a MatMulNBits node from its bytes [N, blocks, block / 2], padding removed."""
+    inputs = next(attribute.i for attribute in node.attribute if attribute.name == "K")
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    return codes[:, :inputs].astype(np.int8) - 8

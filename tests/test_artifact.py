@@ -1,0 +1,302 @@
+"""Artifacts: opened without the package, the same bytes everywhere, every number from the file, every error named."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import zstandard
+from torch import Tensor, nn
+
+import fedlab_kit as fk
+from fedlab_kit.compression.quantize import int4_codes, int8_codes
+from fedlab_kit.data import Preprocess
+from fedlab_kit.deployment import convert, export, measure
+from fedlab_kit.deployment.artifact import compress, load, slug
+
+RECIPES = [
+    fk.Recipe(),
+    fk.Recipe(prune="weight", prune_ratio=0.6),
+    fk.Recipe(prune="channel", prune_ratio=0.5),
+    fk.Recipe(dtype="fp16"),
+    fk.Recipe(dtype="int8", quantization="dynamic"),
+    fk.Recipe(dtype="int8", quantization="static"),
+    fk.Recipe(dtype="int4"),
+    fk.Recipe(prune="channel", prune_ratio=0.25, dtype="int8", quantization="static"),
+]
+EXPERIMENT = fk.Experiment(model="cnn", clients=4, clients_per_round=4, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def run() -> fk.Run:
+    return fk.train(EXPERIMENT)
+
+
+def stand_in(run: fk.Run, model: nn.Module) -> Any:
+    """A run with another model."""
+    return SimpleNamespace(
+        model=model.eval(), experiment=run.experiment, dataset=run.dataset, shards=run.shards, key="0" * 20, path=None
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=slug)
+def test_plain_onnxruntime_on_raw_test_pixels_gives_the_accuracy_on_the_card(
+    run: fk.Run, recipe: fk.Recipe, tmp_path: Path
+) -> None:
+    artifact = compress(run, recipe, tmp_path, test=True)
+    np.savez(tmp_path / "test.npz", x=run.dataset.test.x.numpy(), y=run.dataset.test.y.numpy())
+    script = (
+        "import sys, numpy, onnxruntime; data = numpy.load(sys.argv[2])\n"
+        "logits = onnxruntime.InferenceSession(sys.argv[1]).run(None, {'x': data['x']})[0]\n"
+        "assert 'torch' not in sys.modules and 'fedlab_kit' not in sys.modules\n"
+        "print((logits.argmax(1) == data['y']).mean())"
+    )
+    arguments = [sys.executable, "-c", script, str(artifact.path), str(tmp_path / "test.npz")]
+    printed = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    card = json.loads((tmp_path / f"{artifact.path.name}.json").read_text())
+    assert float(printed) == card["test"]["accuracy"]
+    onnx.checker.check_model(str(artifact.path))
+
+
+def test_sizes_digest_and_card_are_those_of_the_files(run: fk.Run) -> None:
+    artifact = compress(run, RECIPES[5])
+    content = artifact.path.read_bytes()
+    assert artifact.path.parent == run.path / "artifacts"
+    assert artifact.bytes == len(content) == os.path.getsize(artifact.path)
+    compressed = artifact.path.with_name(artifact.path.name + ".zst").read_bytes()
+    assert artifact.zstd_bytes == len(compressed) < artifact.bytes
+    assert zstandard.decompress(compressed) == content
+    assert artifact.digest == hashlib.sha256(content).hexdigest()
+    assert artifact.card["experiment"] == EXPERIMENT.model_dump(mode="json")
+    assert artifact.card["recipe"]["dtype"] == "int8"
+    assert artifact.card["parameters_before"] == artifact.parameters == 21_840
+    assert "test" not in artifact.card  # nobody asked
+    assert artifact.threads == 1
+    assert artifact.latency_ms > 0
+    assert artifact.throughput > 0
+    assert artifact.interval[0] < artifact.accuracy < artifact.interval[1]
+
+
+def test_the_float_file_agrees_with_torch(run: fk.Run, tmp_path: Path) -> None:
+    artifact = compress(run, fk.Recipe(), tmp_path)
+    x = run.dataset.validation.x
+    with torch.no_grad():
+        expected = run.model(run.dataset.preprocess(x)).softmax(1).numpy()
+    np.testing.assert_allclose(artifact.predict(x), expected, rtol=1e-4, atol=1e-5)
+    assert artifact.accuracy == pytest.approx(run.accuracy, abs=0.006)  # one sample of 197 may be a tie
+
+
+def test_recipes_do_to_the_file_what_they_say(run: fk.Run, tmp_path: Path) -> None:
+    plain, weight, channel, half, dynamic, static, four, both = (compress(run, r, tmp_path) for r in RECIPES)
+    assert weight.bytes == plain.bytes
+    assert weight.zstd_bytes < 0.6 * plain.zstd_bytes
+    assert weight.sparsity == pytest.approx(0.6, abs=1e-4)
+    assert weight.parameters == plain.parameters
+    assert channel.parameters < 0.3 * plain.parameters
+    assert channel.flops < 0.4 * plain.flops
+    assert 0.5 < half.bytes / plain.bytes < 0.53
+    assert static.bytes < dynamic.bytes < half.bytes
+    assert four.bytes < dynamic.bytes
+    assert both.bytes < static.bytes
+    assert not any(artifact.note for artifact in (plain, weight, channel, half, dynamic, static, four, both))
+
+
+def test_pruned_zeros_survive_quantization(run: fk.Run, tmp_path: Path) -> None:
+    for dtype in ("fp16", "int8", "int4"):
+        artifact = compress(run, fk.Recipe(prune="weight", prune_ratio=0.7, dtype=dtype), tmp_path)
+        assert artifact.sparsity >= 0.6999
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=slug)
+def test_the_same_recipe_gives_the_same_bytes(run: fk.Run, recipe: fk.Recipe, tmp_path: Path) -> None:
+    first = compress(run, recipe, tmp_path / "first").path.read_bytes()
+    if recipe.prune_ratio:
+        export._skeletons.clear()  # the pruned shape is now exported itself instead of filled into the dense graph
+    assert compress(run, recipe, tmp_path / "again").path.read_bytes() == first
+
+
+def test_another_process_writes_the_same_bytes_and_no_path_of_this_machine(run: fk.Run, tmp_path: Path) -> None:
+    script = (
+        "import sys, torch; torch.set_num_threads(1); import fedlab_kit as fk\n"
+        "from fedlab_kit.deployment.artifact import compress\n"
+        f"run = fk.train(fk.Experiment(**{EXPERIMENT.changes()!r}))\n"
+        "print(compress(run, fk.Recipe(prune='channel', prune_ratio=0.25, dtype='int8'), sys.argv[1]).digest)"
+    )
+    environment = {**os.environ, "FEDLAB_RUNS": str(run.path.parent)}
+    arguments = [sys.executable, "-c", script, str(tmp_path / "there")]
+    printed = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout
+    here = compress(run, RECIPES[7], tmp_path / "here")
+    assert printed.strip() == here.digest
+    content = here.path.read_bytes()
+    assert not any(word in content for word in (b"site-packages", b"torch", b"pytorch", str(tmp_path).encode()))
+
+
+def test_a_swapped_graph_is_never_trusted_blindly(run: fk.Run, tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor  # a constant of the graph that no description of the module shows
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.factor * self.body(x)
+
+    x = run.dataset.validation.x[:8]
+    for factor in (1.0, 2.0):
+        model = Scaled(factor).eval()
+        graph = export.export(model, run.dataset.preprocess, x)
+        found = measure.open_session(graph.SerializeToString()).run(None, {"x": x.numpy()})[0]
+        np.testing.assert_allclose(found, model(run.dataset.preprocess(x)).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
+    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
+    ranges = convert.calibrate(graph, [run.dataset.train.x[shard] for shard in run.shards])
+    static = measure.stored_weights(convert.convert(graph, "int8", ranges))
+    dynamic = measure.stored_weights(convert.convert(graph, "int8"))
+    four = measure.stored_weights(convert.convert(graph, "int4"))
+    for name, weight in run.model.state_dict().items():
+        if weight.ndim < 2:
+            continue
+        codes = int8_codes(weight).codes.numpy()
+        assert np.array_equal(_called(static, name), codes)
+        if weight.ndim == 2:
+            assert np.array_equal(_called(dynamic, name), codes.T)  # Gemm has become MatMul
+            expected = int4_codes(weight).codes.flatten(-2)[:, : weight.shape[1]].numpy()
+            assert np.array_equal(_called(four, name), expected)
+
+
+def _called(weights: dict[str, np.ndarray], name: str) -> np.ndarray:
+    [found] = [values for key, values in weights.items() if key.startswith(name)]
+    return found
+
+
+def test_merged_client_ranges_give_the_file_of_pooled_calibration(run: fk.Run, tmp_path: Path) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Pooled(CalibrationDataReader):
+        def __init__(self, x: Tensor) -> None:
+            self.batches = iter([{"x": part.numpy()} for part in x.split(8)])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.batches, None)
+
+    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
+    clients = [run.dataset.train.x[:5], run.dataset.train.x[5:6], run.dataset.train.x[6:48]]
+    merged = convert.merge_ranges([convert.client_ranges(graph, samples) for samples in clients])
+    ours = convert.convert(graph, "int8", merged).SerializeToString(deterministic=True)
+    pooled = tmp_path / "pooled.onnx"
+    quantize_static(
+        graph,
+        pooled,
+        Pooled(run.dataset.train.x[:48]),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=list(convert.STATIC),
+    )
+    theirs = export.clean(onnx.load(pooled)).SerializeToString(deterministic=True)
+    assert ours == theirs
+
+
+def test_a_dtype_that_does_nothing_says_so(run: fk.Run, tmp_path: Path) -> None:
+    convolutions = nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())
+    for recipe in (fk.Recipe(dtype="int4"), fk.Recipe(dtype="int8", quantization="dynamic")):
+        artifact = compress(stand_in(run, convolutions), recipe, tmp_path)
+        assert "does nothing here" in artifact.note
+        assert json.loads(next(tmp_path.glob("*.json")).read_text())["measured"]["note"] == artifact.note
+    mostly = nn.Sequential(nn.Conv2d(1, 30, 28), nn.Flatten(), nn.Linear(30, 10))
+    assert (
+        "reaches only 1.3% of the weights here"
+        in compress(stand_in(run, mostly), fk.Recipe(dtype="int4"), tmp_path).note
+    )
+
+
+def test_channel_pruning_without_channels_says_so(run: fk.Run, tmp_path: Path) -> None:
+    single = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    artifact = compress(stand_in(run, single), fk.Recipe(prune="channel", prune_ratio=0.5), tmp_path)
+    assert artifact.parameters == 7850
+    assert "removed nothing" in artifact.note
+
+
+def test_predict_refuses_what_is_not_raw(run: fk.Run, tmp_path: Path) -> None:
+    artifact = compress(run, fk.Recipe(), tmp_path)
+    assert artifact.predict(run.dataset.test.x[:3]).sum(axis=1) == pytest.approx([1, 1, 1])
+    with pytest.raises(ValueError, match=r"x must be raw uint8 \[n, 1, 28, 28\].*got float32 \[3, 1, 28, 28\]"):
+        artifact.predict(run.dataset.preprocess(run.dataset.test.x[:3]))
+    with pytest.raises(ValueError, match=r"got uint8 \[1, 28, 28\]"):
+        artifact.predict(run.dataset.test.x[0])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "card lost", "card broken"])
+def test_a_damaged_artifact_is_refused_by_name(run: fk.Run, tmp_path: Path, damage: str) -> None:
+    artifact = compress(run, fk.Recipe(), tmp_path)
+    assert load(artifact.path).accuracy == artifact.accuracy
+    content = bytearray(artifact.path.read_bytes())
+    card = artifact.path.with_name(artifact.path.name + ".json")
+    if damage == "cut":
+        artifact.path.write_bytes(content[:-1])
+    elif damage == "flipped":
+        content[5000] ^= 1
+        artifact.path.write_bytes(content)
+    elif damage == "card lost":
+        card.unlink()
+    else:
+        card.write_text("{}")
+    with pytest.raises(OSError, match=artifact.path.name):
+        load(artifact.path)
+
+
+def test_a_full_disk_leaves_nothing(run: fk.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if ".zst" in path.name:
+            raise OSError(28, "No space left on device")
+        return written(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"cannot write .*\.zst: No space left on device"):
+        compress(run, fk.Recipe(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_exported_is_named(run: fk.Run, tmp_path: Path) -> None:
+    class Moody(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :10] if x.sum() > 0 else x.flatten(1)[:, 10:20]
+
+    with pytest.raises(ValueError, match="model Moody cannot be exported to ONNX"):
+        compress(stand_in(run, Moody()), fk.Recipe(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_needs_samples(run: fk.Run) -> None:
+    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
+    with pytest.raises(ValueError, match="calibration needs at least one sample"):
+        convert.client_ranges(graph, run.dataset.train.x[:0])
+    with pytest.raises(ValueError, match="calibration needs at least one client"):
+        convert.calibrate(graph, [])
+
+
+def test_an_unknown_dtype_is_named(run: fk.Run) -> None:
+    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
+    with pytest.raises(ValueError, match="dtype must be one of fp32, fp16, int8, int4, got 'int2'"):
+        convert.convert(graph, "int2")
+
+
+def test_features_keep_their_range_in_half_precision() -> None:
+    model = nn.Linear(2, 3).eval()
+    raw = torch.tensor([[1e6, 0.5], [2e6, -0.5]])  # 1e6 is no float16
+    graph = convert.convert(export.export(model, Preprocess((1.5e6, 0.0), (5e5, 1.0)), raw), "fp16")
+    found = measure.open_session(graph.SerializeToString()).run(None, {"x": raw.numpy()})[0]
+    expected = model(torch.tensor([[-1.0, 0.5], [1.0, -0.5]])).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=5e-3)

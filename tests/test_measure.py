@@ -1,0 +1,53 @@
+"""Measurements: counts by hand, turns kept, and the weights that a file really holds."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedlab_kit.data import Preprocess, Split
+from fedlab_kit.deployment import measure
+from fedlab_kit.deployment.convert import convert
+from fedlab_kit.deployment.export import export
+
+RAW = torch.arange(12, dtype=torch.float32).reshape(4, 3)
+
+
+def _linear() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, 0.0, -2.0], [0.0, 0.0, 3.0]]))
+    return model
+
+
+def test_accuracy_counts_hits_of_the_session() -> None:
+    session = measure.open_session(export(_linear(), Preprocess(0.0, 1.0), RAW).SerializeToString())
+    accuracy, (low, high) = measure.accuracy(session, Split(RAW, torch.tensor([1, 1, 1, 0])))
+    assert accuracy == 0.75
+    assert 0.30 < low < 0.75 < high < 0.96
+    with pytest.raises(ValueError, match="at least one sample"):
+        measure.accuracy(session, Split(RAW[:0], torch.zeros(0, dtype=torch.int64)))
+
+
+def test_logits_do_not_depend_on_the_batch() -> None:
+    session = measure.open_session(export(_linear(), Preprocess(0.0, 1.0), RAW).SerializeToString())
+    assert np.array_equal(measure.logits(session, RAW), measure.logits(session, RAW, batch=3))
+
+
+def test_calls_are_timed_in_turns() -> None:
+    order: list[str] = []
+    found = measure.timings([lambda: order.append("a"), lambda: order.append("b")], seconds=0, least=3)
+    assert order == ["a", "b"] * 4  # one untimed each, then three turns
+    assert all(timing.median > 0 and timing.spread >= 0 for timing in found)
+
+
+def test_flops_of_a_matrix_are_two_per_weight() -> None:
+    assert measure.flops(nn.Linear(3, 2), (3,)) == 2 * 3 * 2
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
+def test_the_zeros_of_a_file_are_those_of_the_weights(dtype: str) -> None:
+    graph = convert(export(_linear(), Preprocess(0.0, 1.0), RAW), dtype)
+    [stored] = measure.stored_weights(graph).values()
+    assert stored.size == 6  # int4 pads its blocks to 32; the padding does not count
+    assert measure.sparsity(graph) == 0.5
