@@ -6,8 +6,10 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.rounds import rounds
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.runs import Run, find, history, train
+from fedlab_kit.wire import Codec, codec
 
 __all__ = [
+    "Codec",
     "Dataset",
     "Experiment",
     "Preprocess",
@@ -15,6 +17,7 @@ __all__ = [
     "RoundRecord",
     "Run",
     "Split",
+    "codec",
     "dataset",
     "find",
     "history",

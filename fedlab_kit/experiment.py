@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 SCHEMA = 1  # raised when the meaning of a stored field changes
 
@@ -63,6 +71,41 @@ class Settings(BaseModel):
     def __repr_args__(self) -> list[tuple[str, Any]]:
         fields = type(self).model_fields
         return [(name, getattr(self, name)) for name in fields if getattr(self, name) != fields[name].default]
+
+
+class Recipe(Settings):
+    """What is done to the trained model before it is written as an artifact; it changes nothing in the rounds.
+
+    Example: `Recipe(prune="channel", prune_ratio=0.5, dtype="int8", quantization="static")`.
+    """
+
+    prune: Literal["weight", "channel"] = knob(
+        "weight",
+        "Prune",
+        "Weight pruning writes zeros and keeps every shape; channel pruning removes whole channels.",
+        group="compress",
+    )
+    prune_ratio: float = knob(
+        0.0,
+        "Prune ratio",
+        "Share of the weights (or channels) removed.",
+        group="compress",
+        ge=0,
+        lt=1,
+        span=(0, 0.95),
+        step=0.05,
+    )
+    dtype: Literal["fp32", "fp16", "int8", "int4"] = knob(
+        "fp32", "Dtype", "Number format of the weights in the file.", group="compress"
+    )
+    quantization: Literal["dynamic", "static"] = knob(
+        "static",
+        "Quantization",
+        "int8 only. Static: every layer, activation ranges measured by the clients beforehand. "
+        "Dynamic: Linear layers only, ranges measured at each prediction.",
+        group="compress",
+        when={"dtype": ("int8",)},
+    )
 
 
 class Experiment(Settings):
@@ -145,7 +188,7 @@ class Experiment(Settings):
         span=(0.001, 1),
         log=True,
     )
-    strategy: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold"] = knob(
+    strategy: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold", "feddf"] = knob(
         "fedavg", "Strategy", "How updates are made and combined.", group="training"
     )
     proximal_mu: float = knob(
@@ -168,7 +211,7 @@ class Experiment(Settings):
         le=10,
         span=(0.1, 2),
         step=0.1,
-        when={"strategy": ("fedavg", "fedprox", "fedavgm", "scaffold")},
+        when={"strategy": ("fedavg", "fedprox", "fedavgm", "scaffold", "feddf")},
     )
     server_momentum: float = knob(
         0.9,
@@ -202,6 +245,129 @@ class Experiment(Settings):
         span=(0, 0.9),
         step=0.05,
     )
+    mask_ratio: float = knob(
+        0.0,
+        "Mask ratio",
+        "Share of the weights that are zero at the end, pruned while training.",
+        group="rounds",
+        ge=0,
+        lt=1,
+        span=(0, 0.95),
+        step=0.05,
+    )
+    mask_schedule: Literal["gradual", "one-shot", "dynamic", "fixed"] = knob(
+        "gradual",
+        "Mask schedule",
+        "Gradual: more and more small weights go, until 60 % of the rounds. One-shot: all at half time. Dynamic: "
+        "a sparse start whose smallest weights are exchanged. Fixed: a random mask that never changes, for comparison.",
+        group="rounds",
+    )
+    qat: Literal["off", "int8", "int4"] = knob(
+        "off",
+        "Quantization-aware training",
+        "Clients compute with weights rounded to the grid of the later file, so that the model learns to live with it.",
+        group="rounds",
+    )
+    teacher: Experiment | None = knob(
+        None, "Teacher", "A finished experiment whose model the clients learn from.", group="rounds"
+    )
+    temperature: float = knob(
+        4.0,
+        "Temperature",
+        "Softens the teacher's answers: 1 leaves them, 20 shows mainly which wrong answers are close.",
+        group="rounds",
+        gt=0,
+        le=100,
+        span=(1, 20),
+        step=0.5,
+    )
+    distill_weight: float = knob(
+        0.5,
+        "Distill weight",
+        "Share of the teacher's soft answers in the loss; the rest is the true label.",
+        group="rounds",
+        ge=0,
+        le=1,
+        span=(0, 1),
+        step=0.05,
+    )
+    server_epochs: int = knob(
+        2,
+        "Server epochs",
+        "FedDF: passes over the public samples after each average.",
+        group="rounds",
+        ge=1,
+        le=1000,
+        step=1,
+        span=(1, 10),
+        when={"strategy": ("feddf",)},
+    )
+    start: Experiment | None = knob(
+        None, "Start", "A finished experiment whose final model is where this one begins.", group="rounds"
+    )
+    start_recipe: Recipe | None = knob(
+        None, "Start recipe", "What is pruned from that model before round one.", group="rounds"
+    )
+    uplink: str = knob(
+        "fp32",
+        "Uplink codec",
+        "How a client's update is packed on its way to the server.",
+        group="wire",
+        source="codec",
+    )
+    uplink_keep: float = knob(
+        0.01,
+        "Uplink keep",
+        "topk and stc: the share of entries that is sent.",
+        group="wire",
+        gt=0,
+        le=1,
+        span=(0.001, 1),
+        log=True,
+        when={"uplink": ("topk", "stc")},
+    )
+    downlink: str = knob(
+        "fp32",
+        "Downlink codec",
+        "How the server packs the model; all but fp32 send the difference to what the client was sent last.",
+        group="wire",
+        source="codec",
+    )
+    downlink_keep: float = knob(
+        0.04,
+        "Downlink keep",
+        "topk and stc: the share of entries that is sent.",
+        group="wire",
+        gt=0,
+        le=1,
+        span=(0.001, 1),
+        log=True,
+        when={"downlink": ("topk", "stc")},
+    )
+    bucket: int = knob(
+        512,
+        "Bucket",
+        "How many neighbouring entries share a scale in the low-bit codecs.",
+        group="wire",
+        ge=1,
+        le=1_000_000,
+        step=1,
+        span=(16, 4096),
+        log=True,
+    )
+    rounding: Literal["stochastic", "nearest"] = knob(
+        "stochastic",
+        "Rounding",
+        "Low-bit codecs: stochastic is right on average, nearest has the smaller error.",
+        group="wire",
+    )
+    error_feedback: bool = knob(
+        True,
+        "Error feedback",
+        "A client keeps what its codec lost and adds it to its next update.",
+        group="wire",
+    )
+    zstd: bool = knob(False, "zstd", "Squeeze every payload by zstd as well.", group="wire")
     seed: int = knob(
         7,
         "Seed",
@@ -212,6 +378,28 @@ class Experiment(Settings):
     )
     device: Literal["cpu", "cuda"] = knob("cpu", "Device", "Where the clients' steps are computed.", group="training")
 
+    @field_validator("teacher", "start", "start_recipe", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = Recipe if info.field_name == "start_recipe" else Experiment
+        return kind(**value) if isinstance(value, dict) else value
+
+    @property
+    def parents(self) -> tuple[Experiment, ...]:
+        """The experiments whose final model this one needs."""
+        return tuple(parent for parent in (self.start, self.teacher) if parent is not None)
+
+    @model_validator(mode="after")
+    def _fits_its_parents(self) -> Self:
+        for name, parent in (("teacher", self.teacher), ("start", self.start)):
+            if parent is not None and parent.dataset != self.dataset:
+                raise ValueError(f"{name} must be trained on dataset {self.dataset!r}, got {parent.dataset!r}")
+        if self.start is not None and self.start.model != self.model:
+            raise ValueError(f"start must have model {self.model!r}, got {self.start.model!r}")
+        if self.start_recipe is not None and (self.start is None or self.start_recipe.dtype != "fp32"):
+            raise ValueError("start_recipe must come with a start and prune only (dtype fp32): training needs floats")
+        return self
+
     @model_validator(mode="after")
     def _cohort_fits(self) -> Self:
         if self.clients_per_round > self.clients:
@@ -219,41 +407,6 @@ class Experiment(Settings):
                 f"clients_per_round must be at most clients ({self.clients}), got {self.clients_per_round}"
             )
         return self
-
-
-class Recipe(Settings):
-    """What is done to the trained model before it is written as an artifact; it changes nothing in the rounds.
-
-    Example: `Recipe(prune="channel", prune_ratio=0.5, dtype="int8", quantization="static")`.
-    """
-
-    prune: Literal["weight", "channel"] = knob(
-        "weight",
-        "Prune",
-        "Weight pruning writes zeros and keeps every shape; channel pruning removes whole channels.",
-        group="compress",
-    )
-    prune_ratio: float = knob(
-        0.0,
-        "Prune ratio",
-        "Share of the weights (or channels) removed.",
-        group="compress",
-        ge=0,
-        lt=1,
-        span=(0, 0.95),
-        step=0.05,
-    )
-    dtype: Literal["fp32", "fp16", "int8", "int4"] = knob(
-        "fp32", "Dtype", "Number format of the weights in the file.", group="compress"
-    )
-    quantization: Literal["dynamic", "static"] = knob(
-        "static",
-        "Quantization",
-        "int8 only. Static: every layer, activation ranges measured by the clients beforehand. "
-        "Dynamic: Linear layers only, ranges measured at each prediction.",
-        group="compress",
-        when={"dtype": ("int8",)},
-    )
 
 
 def _plain(value: Any) -> Any:
@@ -282,6 +435,6 @@ def allowed(owner: type[Settings], name: str) -> str:
         return "one of " + ", ".join(get_args(field.annotation))
     rules = [(_LIMITS.get(type(rule).__name__), rule) for rule in field.metadata]
     limits = [f"{words[0]} {getattr(rule, words[1])}" for words, rule in rules if words]
-    kind = _KINDS.get(field.annotation, "valid")  # type: ignore[arg-type]
+    kind = _KINDS.get(field.annotation, str(field.annotation).replace(f"{__name__}.", "a "))  # type: ignore[arg-type]
     whole = [kind] if not limits or field.annotation is int else []
     return ", ".join([*whole, *([" and ".join(limits)] if limits else [])])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -20,14 +21,13 @@ from torch import Tensor, nn
 from fedlab_kit import catalog
 from fedlab_kit.data import Dataset, load
 from fedlab_kit.experiment import SCHEMA, Experiment
-from fedlab_kit.federation.flat import FlatModel
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import RoundRecord, ServerState
-from fedlab_kit.federation.task import strata, task
-from fedlab_kit.models import build
+from fedlab_kit.federation.task import OUTCOMES, strata, task
 from fedlab_kit.partition import label_counts
 from fedlab_kit.statistics import Z95, wilson
 from fedlab_kit.store import RunFolder
+from fedlab_kit.wire import make
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,10 +97,9 @@ class Run:
     @cached_property
     def model(self) -> nn.Module:
         """The trained model on the CPU, in evaluation mode; it takes preprocessed inputs."""
-        dataset = self.dataset
-        module = build(self.experiment.model, dataset.shape, len(dataset.classes), self.experiment.seed)
-        FlatModel(module).weights.copy_(self.weights)
-        return module.eval()
+        flat = task(self.experiment).model
+        flat.weights.copy_(self.weights)
+        return deepcopy(flat.module).cpu().eval()
 
     def test(self) -> tuple[float, float, float]:
         """Return accuracy, low and high (95 %) on the test split, which nothing else opens."""
@@ -140,6 +139,7 @@ def train(
     """
     folder = RunFolder(path_of(experiment))
     tell = progress or (lambda record: None)
+    _train_parents(experiment, stop)
     with folder.locked(stop):
         state, records = folder.load(experiment)
         for record in records:
@@ -156,11 +156,23 @@ def train(
         return _run(folder, state, records, from_store)
 
 
+def _train_parents(experiment: Experiment, stop: Event | None) -> None:
+    """Make the final models at hand that the experiment learns or starts from. ValueError if one has none."""
+    for parent in experiment.parents:
+        run = train(parent, stop)
+        if run.status == "diverged":
+            raise ValueError(f"the experiment that this one needs has diverged: {parent!r}")
+        if run.status == "stopped":
+            raise TimeoutError(f"stopped before the experiment that this one needs was finished: {parent!r}")
+        OUTCOMES[parent] = run.weights.to(experiment.device)
+
+
 def find(experiment: Experiment) -> Run | None:
     """Return the finished (or diverged) run of this experiment from the store, or None."""
     folder = RunFolder(path_of(experiment))
     if not folder.path.exists():
         return None
+    _train_parents(experiment, None)
     state, records = folder.load(experiment)
     return _run(folder, state, records, from_store=True) if _over(state, records) else None
 
@@ -195,13 +207,15 @@ def identify(experiment: Experiment) -> str:
     The non-default fields, the schema, the package and torch versions, the data's digest and the source of what a
     user registered: when one of them changes, the experiment is run again.
     """
-    functions = [catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)]
+    used = [catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)]
+    used += [type(make(experiment.uplink)), type(make(experiment.downlink))]
     facts = {
         "schema": SCHEMA,
         "experiment": experiment.changes(),
         "versions": [version("fedlab-kit"), torch.__version__],
         "data": load(experiment.dataset).digest,
-        "source": [catalog.source(f) for f in functions if not f.__module__.startswith("fedlab_kit.")],
+        "source": [catalog.source(thing) for thing in used if not thing.__module__.startswith("fedlab_kit.")],
+        "parents": [identify(parent) for parent in experiment.parents],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 

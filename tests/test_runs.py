@@ -137,6 +137,20 @@ def test_a_changed_model_function_is_another_run():
     assert not second.from_store and second.key != first.key and len(second.weights) == 18
 
 
+def test_a_parent_that_changed_makes_another_run():
+    keys = set()
+    for bias in (True, False):
+
+        def mine(shape, classes, bias=bias):
+            return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, classes, bias=bias))
+
+        catalog.model("mine")(mine)
+        keys.add(runs.identify(SMALL.replace(teacher=SMALL.replace(model="mine"))))
+    assert len(keys) == 1, "the source is the same, and so is the key"
+    catalog.model("mine")(lambda shape, classes: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, classes)))
+    assert runs.identify(SMALL.replace(teacher=SMALL.replace(model="mine"))) not in keys
+
+
 def test_changed_data_is_another_run():
     def made(offset):
         from worlds import blobs

@@ -10,7 +10,8 @@ from time import perf_counter
 import torch
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.local import ClientState, Stopped, cohort_step
+from fedlab_kit.federation.local import Stopped, cohort_step
+from fedlab_kit.federation.messages import ClientState
 from fedlab_kit.federation.server import (
     RoundRecord,
     ServerState,
@@ -20,6 +21,7 @@ from fedlab_kit.federation.server import (
     server_step,
     start,
 )
+from fedlab_kit.federation.task import OUTCOMES
 
 
 def rounds(experiment: Experiment, stop: Event | None = None) -> Iterator[RoundRecord]:
@@ -27,8 +29,22 @@ def rounds(experiment: Experiment, stop: Event | None = None) -> Iterator[RoundR
 
     Setting `stop` ends the loop before the next batch, without a record of the broken round.
     """
-    for _, record in play(start(experiment), {}, stop):
-        yield record
+    for parent in experiment.parents:
+        _finish(parent, stop)
+    if stop is None or not stop.is_set():
+        for _, record in play(start(experiment), {}, stop):
+            yield record
+
+
+def _finish(experiment: Experiment, stop: Event | None) -> None:
+    """Play an experiment that another needs to its end, unless somebody has done so in this process."""
+    if experiment in OUTCOMES:
+        return
+    for parent in experiment.parents:
+        _finish(parent, stop)
+    for state, _ in play(start(experiment), {}, stop):
+        if state.round == experiment.rounds:
+            OUTCOMES[experiment] = state.weights
 
 
 def play(
@@ -59,10 +75,10 @@ def _round(
     try:
         # 1. The server samples a cohort and sends it the model.
         cohort = select(experiment, round)
-        messages, state = broadcast(state, cohort)
+        kept = {client: clients.get(client, {}) for client in cohort}
+        messages, state = broadcast(state, cohort, {client: memory.get("copy") for client, memory in kept.items()})
         # 2. Some clients drop out; the others train on their own samples and pack what changed.
         present = answering(experiment, round, cohort)
-        kept = {client: clients.get(client, {}) for client in present}
         payloads, kept = cohort_step(experiment, round, {c: messages[c] for c in present}, kept, stop)
         # 3. The server decodes and combines the updates. 4. It evaluates the new model.
         state, record = server_step(state, payloads)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.ensemble import distil_ensemble
+from fedlab_kit.federation.masking import adjusts, first_mask, next_mask
+from fedlab_kit.federation.messages import Answer, Broadcast, open_payload, pack_broadcast
 from fedlab_kit.federation.task import Task, chance, task
 from fedlab_kit.statistics import wilson
-from fedlab_kit.wire import PayloadError, make, pack, unpack
+from fedlab_kit.wire import PayloadError
 
 Slots = dict[str, Tensor]
 
@@ -76,9 +79,17 @@ class RoundRecord:
 
 
 def start(experiment: Experiment) -> ServerState:
-    """Return the state before round one: the weights that the seed gives."""
-    weights = task(experiment).initial.clone()
-    slots = {"control": torch.zeros_like(weights)} if experiment.strategy == "scaffold" else {}
+    """Return the state before round one: the weights that the seed gives, or those of another run, and the mask."""
+    job = task(experiment)
+    weights, mask, slots = job.initial.clone(), first_mask(job), {}
+    if experiment.strategy == "scaffold":
+        slots["control"] = torch.zeros_like(weights)
+    if experiment.teacher is not None:
+        slots["taught"] = torch.zeros(experiment.clients, dtype=torch.bool)
+    if mask is not None:
+        # A random mask follows from the seed; one that was pruned from another run has to be told.
+        slots["mask"], slots["told"] = mask, torch.full((experiment.clients,), experiment.start is None)
+        weights = weights * mask
     return ServerState(experiment, 0, weights, slots)
 
 
@@ -94,12 +105,27 @@ def answering(experiment: Experiment, round: int, ids: list[int]) -> list[int]:
     return [client for client, draw in zip(ids, draws, strict=True) if draw >= experiment.dropout]
 
 
-def broadcast(state: ServerState, ids: list[int]) -> tuple[dict[int, bytes], ServerState]:
-    """Return what each client of the cohort is sent, and the state that has noted the bytes."""
-    vectors = [state.weights, *([state.slots["control"]] if state.experiment.strategy == "scaffold" else [])]
-    rng = chance(state.experiment, "broadcast", state.round + 1)
-    message = b"".join(pack(make("fp32"), v.cpu(), samples=0, rng=rng) for v in vectors)
-    return dict.fromkeys(ids, message), replace(state, sent=dict.fromkeys(ids, len(message)))
+def broadcast(
+    state: ServerState, ids: list[int], copies: Mapping[int, Tensor | None]
+) -> tuple[dict[int, bytes], ServerState]:
+    """Return what each client of the cohort is sent, and the state that has noted the bytes.
+
+    `copies` are the weights [P] that each client holds since it was last sent something (None: never); the server
+    keeps them for every downlink codec but fp32.
+    """
+    experiment, slots, job = state.experiment, state.slots, task(state.experiment)
+    parts = Broadcast(state.weights, slots.get("control"), slots.get("mask"))
+    known = torch.ones(experiment.clients, dtype=torch.bool)
+    told, taught = slots.get("told", known).tolist(), slots.get("taught", known).tolist()
+    messages, made = {}, {}
+    for client in ids:
+        # Clients who hold nothing and are told the same share one message.
+        same = (told[client], taught[client]) if experiment.downlink == "fp32" else client
+        if same not in made:
+            news = not told[client], not taught[client]
+            made[same] = pack_broadcast(job, state.round + 1, client, parts, copies.get(client), *news)
+        messages[client] = made[same]
+    return messages, replace(state, sent={client: len(message) for client, message in messages.items()})
 
 
 def server_step(state: ServerState, payloads: Mapping[int, bytes]) -> tuple[ServerState, RoundRecord]:
@@ -109,10 +135,11 @@ def server_step(state: ServerState, payloads: Mapping[int, bytes]) -> tuple[Serv
     it is. The record's `seconds` are left 0 for the loop to fill in.
     """
     experiment, job = state.experiment, task(state.experiment)
-    updates, refused = _receive(job, payloads)
-    weights, slots = _combine(job, state, updates)
+    answers, refused = _receive(job, state, payloads)
+    weights, slots = _combine(job, state, answers)
+    weights, slots = _prune(job, state, answers, weights, _heard(slots, list(answers)))
     result = job.evaluate(weights, job.dataset.validation)
-    finite = isfinite(result.loss) and (bool(updates) or any(payloads.values()) or not payloads)
+    finite = isfinite(result.loss) and (bool(answers) or any(payloads.values()) or not payloads)
     hits, total = sum(result.correct), sum(result.total)
     low, high = wilson(hits, total)
     record = RoundRecord(
@@ -125,11 +152,11 @@ def server_step(state: ServerState, payloads: Mapping[int, bytes]) -> tuple[Serv
         downlink_bytes=sum(state.sent.values()),
         seconds=0.0,
         cohort=tuple(state.sent),
-        answered=tuple(updates),
+        answered=tuple(answers),
         correct=result.correct,
         total=result.total,
         refused=refused,
-        note=_note(experiment, finite, bool(updates)),
+        note=_note(experiment, finite, bool(answers)),
     )
     return replace(state, round=record.round, weights=weights, slots=slots, sent={}), record
 
@@ -141,42 +168,64 @@ def _note(experiment: Experiment, finite: bool, anybody: bool) -> str:
 
 
 def _receive(
-    job: Task, payloads: Mapping[int, bytes]
-) -> tuple[dict[int, tuple[int, list[Tensor]]], tuple[tuple[int, str], ...]]:
-    """Return samples and vectors by client, and for each payload that is refused the client and the reason."""
-    updates, refused = {}, []
+    job: Task, state: ServerState, payloads: Mapping[int, bytes]
+) -> tuple[dict[int, Answer], tuple[tuple[int, str], ...]]:
+    """Return the answers by client, and for each payload that is refused the client and the reason."""
+    answers, refused = {}, []
     for client in sorted(payloads):
         try:
-            updates[client] = _decode(job, payloads[client])
+            answers[client] = open_payload(job, state.round + 1, payloads[client], state.slots.get("mask"))
         except PayloadError as error:
             refused.append((client, str(error)))
-    return updates, tuple(refused)
+    return answers, tuple(refused)
 
 
-def _combine(job: Task, state: ServerState, updates: Mapping[int, tuple[int, list[Tensor]]]) -> tuple[Tensor, Slots]:
+def _combine(job: Task, state: ServerState, answers: Mapping[int, Answer]) -> tuple[Tensor, Slots]:
     """Return the new weights [P] and slots: the strategy's step along the weighted mean update."""
-    if not updates:
+    if not answers:
         return state.weights, state.slots
     experiment, slots, trainable = state.experiment, state.slots, job.model.layout.trainable
-    mean, samples = torch.zeros_like(state.weights), sum(count for count, _ in updates.values())
-    for count, vectors in updates.values():
-        mean.add_(vectors[0], alpha=count / samples)
+    mean = _mean([a.update for a in answers.values()], [a.samples for a in answers.values()])
     step, slots = STRATEGIES[experiment.strategy](experiment, slots, mean)
     step[trainable:] = mean[trainable:]  # running statistics are averaged; a server optimizer has no business there
-    if "control" in slots:
-        shift = torch.stack([vectors[1] for _, vectors in updates.values()]).sum(0)
-        slots = {**slots, "control": slots["control"] + shift / experiment.clients}
-    return state.weights + step, slots
+    weights = state.weights + step
+    controls = [answer.control for answer in answers.values() if answer.control is not None]
+    if controls:
+        slots = {**slots, "control": slots["control"] + torch.stack(controls).sum(0) / experiment.clients}
+    if experiment.strategy == "feddf":
+        clients = [state.weights + answer.update for answer in answers.values()]
+        weights = distil_ensemble(job, state.round + 1, weights, clients, slots.get("mask"))
+    return weights, slots
 
 
-def _decode(job: Task, payload: bytes) -> tuple[int, list[Tensor]]:
-    count = 2 if job.experiment.strategy == "scaffold" else 1
-    if not payload:
-        raise PayloadError("an empty payload: its training diverged")
-    samples, vectors = unpack(payload, make("fp32"), size=job.model.layout.size, count=count)
-    if not samples:
-        raise PayloadError("an update made of no samples")
-    return samples, [vector.to(job.experiment.device) for vector in vectors]
+def _heard(slots: Slots, clients: list[int]) -> Slots:
+    """Note who has the mask and the teacher for certain: those who answered."""
+    noted: Slots = {name: slots[name].clone() for name in ("told", "taught") if name in slots}
+    for flags in noted.values():
+        flags[clients] = True
+    return {**slots, **noted}
+
+
+def _prune(
+    job: Task, state: ServerState, answers: Mapping[int, Answer], weights: Tensor, slots: Slots
+) -> tuple[Tensor, Slots]:
+    """Change the mask when it is due, and cut the weights and all that the strategy remembers where it cuts."""
+    mask, round = slots.get("mask"), state.round + 1
+    if adjusts(state.experiment, round) and answers:
+        growths = {client: answer.growth for client, answer in answers.items() if answer.growth is not None}
+        gradient = _mean(list(growths.values()), [answers[c].samples for c in growths]) if growths else None
+        mask = next_mask(job, round, weights, mask, gradient)
+        slots = {**slots, "mask": mask, "told": torch.zeros(state.experiment.clients, dtype=torch.bool)}
+        slots |= {name: slots[name] * mask for name in ("velocity", "first", "second", "control") if name in slots}
+    return (weights if mask is None else weights * mask), slots
+
+
+def _mean(vectors: list[Tensor], samples: list[int]) -> Tensor:
+    """Return the mean of vectors [P] weighted by samples."""
+    mean = torch.zeros_like(vectors[0])
+    for vector, count in zip(vectors, samples, strict=True):
+        mean.add_(vector, alpha=count / sum(samples))
+    return mean
 
 
 Strategy = Callable[[Experiment, Slots, Tensor], tuple[Tensor, Slots]]
@@ -206,4 +255,5 @@ STRATEGIES: dict[str, Strategy] = {
     "fedavgm": momentum,
     "fedadam": adam,
     "scaffold": average,
+    "feddf": average,
 }

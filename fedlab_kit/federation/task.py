@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import lru_cache
 from zlib import crc32
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlab_kit import catalog
+from fedlab_kit.compression.prune import plan_channels, prune_channels, prune_weights
+from fedlab_kit.compression.quantize import quantized
 from fedlab_kit.data import Dataset, Split, load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat import FlatModel
 from fedlab_kit.federation.stacked import Stack
 from fedlab_kit.models import build
 from fedlab_kit.partition import partition
+
+OUTCOMES: dict[Experiment, Tensor] = {}
+"""Final weights [P] of experiments that others start from or learn from; `rounds` and `train` fill it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +33,7 @@ class Task:
 
     `x` [n, *shape] holds raw training values (preprocessed batch by batch, so that memory follows the cohort),
     `y` [n] their labels, `shards` each client's indices into them, `stack` the fast path or None, `initial` [P] the
-    weights before the first round.
+    weights before the first round, `soft` [n, classes] the teacher's logits (None without a teacher; see `teach`).
     """
 
     experiment: Experiment
@@ -38,6 +44,19 @@ class Task:
     x: Tensor
     y: Tensor
     initial: Tensor
+    soft: Tensor | None
+    taught: set[int] = field(default_factory=set)
+
+    def teach(self, clients: list[int]) -> None:
+        """Fill in the teacher's logits for the samples of these clients, once each."""
+        teacher = self.experiment.teacher
+        if teacher is None or self.soft is None:
+            return
+        for client in set(clients) - self.taught:
+            shard = self.shards[client].to(self.soft.device)
+            split = Split(self.x[shard], self.y[shard])
+            self.soft[shard] = task(teacher).logits(OUTCOMES[teacher], split)
+            self.taught.add(client)
 
     def inputs(self, index: Tensor) -> Tensor:
         """Return the preprocessed training inputs at `index` [k] as float32 [k, *shape]."""
@@ -58,9 +77,23 @@ class Task:
             answers.append(self.stack.logits(weights, x) if self.stack else self.model.module(x))
         return torch.cat(answers)
 
+    def on_grid(self, weights: Tensor) -> Tensor:
+        """Return `weights` [P] or [clients, P] rounded to the grid of `qat`; the same tensor when that is off."""
+        if self.experiment.qat == "off":
+            return weights
+        rounded, stacked = weights.clone(), weights.ndim == 2
+        for where, shape in zip(self.model.layout.slices, self.model.layout.shapes, strict=True):
+            if len(shape) >= 2:
+                tensor = weights[..., where].unflatten(-1, shape)
+                rounded[..., where] = quantized(tensor, self.experiment.qat, stacked).flatten(int(stacked))
+        return rounded
+
     def evaluate(self, weights: Tensor, split: Split) -> Evaluation:
-        """Count the hits of the model with `weights` [P] on a split, stratum by stratum."""
-        logits, y = self.logits(weights, split), split.y.to(self.experiment.device)
+        """Count the hits of the model with `weights` [P] on a split, stratum by stratum.
+
+        After quantization-aware training that is the model on its grid, as it will be deployed.
+        """
+        logits, y = self.logits(self.on_grid(weights), split), split.y.to(self.experiment.device)
         hit = logits.argmax(1) == y
         where = strata(self.experiment, split).to(hit.device)
         count = len(self.dataset.sites) if self.experiment.partition == "site" else len(self.dataset.classes)
@@ -102,19 +135,35 @@ def task(experiment: Experiment) -> Task:
     return _task(experiment, makers, threading.get_ident())
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _task(experiment: Experiment, makers: object, thread: int) -> Task:
     dataset = load(experiment.dataset)
-    module = build(experiment.model, dataset.shape, len(dataset.classes), experiment.seed)
+    module = _module(experiment, dataset)
     stack = Stack(module, dataset.shape) if Stack.supports(module, dataset.shape) else None  # type: ignore[arg-type]
-    model = FlatModel(module, experiment.device)
+    model, device = FlatModel(module, experiment.device), experiment.device
     return Task(
         experiment=experiment,
         dataset=dataset,
         shards=partition(dataset, experiment.partition, experiment.clients, experiment.alpha, experiment.seed),
         model=model,
         stack=stack,
-        x=dataset.train.x.to(experiment.device),
-        y=dataset.train.y.to(experiment.device),
+        x=dataset.train.x.to(device),
+        y=dataset.train.y.to(device),
         initial=model.weights.clone(),
+        soft=torch.zeros(len(dataset.train), len(dataset.classes), device=device) if experiment.teacher else None,
     )
+
+
+def _module(experiment: Experiment, dataset: Dataset) -> nn.Module:
+    """Return the model with its weights before round one: fresh, or the final one of `start`, pruned."""
+    start, recipe = experiment.start, experiment.start_recipe
+    if start is None:
+        return build(experiment.model, dataset.shape, len(dataset.classes), experiment.seed)
+    parent = task(start).model
+    parent.weights.copy_(OUTCOMES[start])
+    module = deepcopy(parent.module).cpu()
+    if recipe is None or recipe.prune_ratio == 0:
+        return module
+    if recipe.prune == "channel":
+        return prune_channels(module, dataset.shape, plan_channels(module, dataset.shape, recipe.prune_ratio))
+    return prune_weights(module, recipe.prune_ratio)

@@ -2,7 +2,7 @@
 
 from . import dense, sparse  # registers the built-in codecs
 from .codec import CODECS, Codec, codec, make
-from .frame import compensate, pack, unpack
+from .frame import compensate, pack, unpack, unpack_all
 from .steps import PayloadError, finite
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "pack",
     "sparse",
     "unpack",
+    "unpack_all",
 ]

@@ -188,3 +188,31 @@ def _starts(x: Floats, bucket: int) -> NDArray[np.int64]:
 def _spread(scales: Floats, bucket: int, size: int) -> Floats:
     """Each bucket's scale, once for each of its entries."""
     return np.repeat(scales, min(bucket, size))[:size]
+
+
+@codec("bits", id=20)
+class Bits(Codec):
+    """One bit for each entry, zero or one: how a mask travels."""
+
+    @property
+    def unbiased(self) -> bool:
+        """Exact for zeros and ones."""
+        return True
+
+    def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
+        """Eight entries to a byte, the last byte padded with zeros."""
+        return np.packbits(vector.numpy() != 0).tobytes()
+
+    def decode(self, body: bytes, size: int) -> Tensor:
+        """Zeros and ones as float32."""
+        if len(body) != self.limit(size):
+            raise PayloadError(f"the body must be {self.limit(size)} bytes long, got {len(body)}")
+        return torch.from_numpy(np.unpackbits(np.frombuffer(body, np.uint8), count=size).astype(np.float32))
+
+    def bound(self, vector: Tensor) -> Tensor:
+        """The distance to the nearer of zero and one, as `encode` takes every number but zero for one."""
+        return (vector - (vector != 0).float()).abs()
+
+    def limit(self, size: int) -> int:
+        """Exactly this many bytes."""
+        return -(-size // 8)

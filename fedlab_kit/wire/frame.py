@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -33,13 +34,19 @@ def pack(codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator
 
 
 def unpack(payload: bytes, codec: Codec, *, size: int, count: int = 1) -> tuple[int, list[Tensor]]:
-    """Read exactly `count` frames of `size` numbers each: (samples, vectors). PayloadError says why not.
+    """Read exactly `count` frames of `size` numbers each: (samples, vectors). PayloadError says why not."""
+    return unpack_all(payload, [(codec, size)] * count)
 
-    Allocates nothing beyond what `codec` can need for `size` numbers, whatever the payload claims.
+
+def unpack_all(payload: bytes, schema: Sequence[tuple[Codec, int]]) -> tuple[int, list[Tensor]]:
+    """Read one frame for each (codec, size) of the schema, and nothing after them: (samples, vectors).
+
+    Allocates nothing beyond what each codec can need for its size, whatever the payload claims. PayloadError says
+    why a payload is refused.
     """
     vectors: list[Tensor] = []
     samples = start = 0
-    for _ in range(count):
+    for codec, size in schema:
         before = samples
         body, samples, start = _body(payload, start, codec, size)
         if vectors and samples != before:

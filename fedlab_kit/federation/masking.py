@@ -1,0 +1,76 @@
+"""Sparse training: the server's mask, when it changes, and to what.
+
+`gradual` and `one-shot` start dense and prune by magnitude (Zhu and Gupta 2017), `dynamic` starts from a random mask
+and exchanges weights (FedDST, Bibikar et al. 2022, with the clients' gradients added up by the server), `fixed` keeps a
+random mask and shows what the others gain.
+"""
+
+from __future__ import annotations
+
+from math import ceil, cos, pi
+
+import torch
+from torch import Tensor
+
+from fedlab_kit.compression.prune import magnitude_mask, mask_ratio, prunable_mask, random_mask, regrow
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.task import Task
+
+EXCHANGE = 0.2  # share of the kept weights that a dynamic mask exchanges at first; it falls to 0 by a cosine
+
+
+def first_mask(job: Task) -> Tensor | None:
+    """Return the mask before round one, bool [P], or None where nothing is masked; every client can work it out."""
+    experiment = job.experiment
+    if experiment.start_recipe is not None and experiment.start_recipe.prune == "weight":
+        return (job.initial != 0) | ~prunable_mask(job.model.layout.shapes).to(job.initial.device)
+    if experiment.mask_ratio and experiment.mask_schedule in ("dynamic", "fixed"):
+        return random_mask(job.model.layout.shapes, experiment.mask_ratio, experiment.seed).to(job.initial.device)
+    return None
+
+
+def adjusts(experiment: Experiment, round: int) -> bool:
+    """Whether the mask changes after this round: about ten times, until 60 % (dynamic: 75 %) of the rounds."""
+    if not experiment.mask_ratio or experiment.mask_schedule == "fixed":
+        return False
+    if experiment.mask_schedule == "one-shot":
+        return round == ceil(experiment.rounds / 2)
+    return round <= _last(experiment) and (round % _every(experiment) == 0 or round == _last(experiment))
+
+
+def grows(experiment: Experiment, round: int) -> bool:
+    """Whether clients also send the largest gradients of pruned weights in this round."""
+    return experiment.mask_schedule == "dynamic" and adjusts(experiment, round)
+
+
+def exchanged(experiment: Experiment, round: int) -> float:
+    """Return the share of kept weights that a dynamic mask exchanges after this round."""
+    return EXCHANGE / 2 * (1 + cos(pi * round / (_last(experiment) + 1)))
+
+
+def next_mask(job: Task, round: int, weights: Tensor, mask: Tensor | None, gradient: Tensor | None) -> Tensor:
+    """Return the mask after this round for the averaged `weights` [P]; `gradient` [P] only where the mask grows."""
+    experiment, shapes = job.experiment, job.model.layout.shapes
+    if experiment.mask_schedule == "dynamic" and mask is not None and gradient is not None:
+        return regrow(mask, weights, gradient, shapes, exchanged(experiment, round))
+    first = 0 if experiment.mask_schedule == "gradual" else round - 1
+    last = _last(experiment) if experiment.mask_schedule == "gradual" else round
+    return magnitude_mask(weights, shapes, mask_ratio(round, first, last, experiment.mask_ratio))
+
+
+def dense_gradient(job: Task, weights: Tensor, client: int, mask: Tensor) -> Tensor:
+    """Return the client's gradient [P] at `weights` over at most 200 of its samples, zero where the mask keeps."""
+    model, index = job.model, job.shards[client][:200].to(job.experiment.device)
+    model.weights.copy_(weights)
+    model.gradient.zero_()
+    model.module.eval()
+    torch.nn.functional.cross_entropy(model.module(job.inputs(index)), job.y[index]).backward()
+    return model.gradient.masked_fill(mask, 0.0)
+
+
+def _last(experiment: Experiment) -> int:
+    return ceil(experiment.rounds * (0.75 if experiment.mask_schedule == "dynamic" else 0.6))
+
+
+def _every(experiment: Experiment) -> int:
+    return max(1, experiment.rounds // 10)
