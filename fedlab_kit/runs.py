@@ -208,7 +208,8 @@ def identify(experiment: Experiment) -> str:
     user registered: when one of them changes, the experiment is run again.
     """
     used = [catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)]
-    used += [type(make(experiment.uplink)), type(make(experiment.downlink))]
+    for codec in (type(make(experiment.uplink)), type(make(experiment.downlink))):
+        used += [codec.encode, codec.decode]
     facts = {
         "schema": SCHEMA,
         "experiment": experiment.changes(),

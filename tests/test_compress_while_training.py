@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_growth_is_paid_for():
 
 def test_clients_who_dropped_out_are_told_the_mask_later():
     experiment = SMALL.replace(mask_ratio=0.7, dropout=0.5, rounds=10)
-    state, record, clients = play(experiment)[-1]
+    state, _record, _clients = play(experiment)[-1]
     assert not any(record.refused for _, record, _ in play(experiment))
     assert not state.weights[~state.slots["mask"]].any()
 
@@ -293,7 +294,7 @@ def test_every_uplink_codec_trains_and_is_counted(name, zstd):
     experiment = SMALL.replace(uplink=name, uplink_keep=0.1, zstd=zstd, rounds=3)
     history = play(experiment)
     whole = 14 + 4 * task(experiment).model.layout.size
-    for _, record, clients in history:
+    for _, record, _clients in history:
         assert 0 < record.uplink_bytes < 0.55 * 4 * whole
         assert not record.refused
     assert set(history[-1][2]) == {client for _, record, _ in history for client in record.cohort}
@@ -303,7 +304,7 @@ def test_every_uplink_codec_trains_and_is_counted(name, zstd):
 def test_residual_is_what_the_codec_lost_and_waits_for_its_client():
     experiment = SMALL.replace(uplink="topk", uplink_keep=0.1, rounds=6)
     history = play(experiment)
-    for (_, _, before), (_, record, after) in zip(history, history[1:], strict=False):
+    for (_, _, before), (_, record, after) in itertools.pairwise(history):
         for client in set(before) - set(record.cohort):
             assert torch.equal(before[client]["residual"], after[client]["residual"])
     residual = history[0][2][history[0][1].cohort[0]]["residual"]
