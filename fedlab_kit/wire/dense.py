@@ -72,8 +72,7 @@ class Grid(Codec):
     def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
         """A bfloat16 scale for each bucket, then the digits, as many to a byte as fit."""
         x = vector.numpy()
-        packed = self._scales(x)
-        scale = _spread(unpack_scales(packed, len(packed) // 2), self.bucket, len(x))
+        packed, scale = self._scales(x)
         with np.errstate(invalid="ignore"):  # 0 / 0 in a bucket of zeros
             ratio = np.nan_to_num(x / scale) * self.levels
         lift = rng.random(len(x), np.float32) if self.rounding == "stochastic" else np.float32(0.5)
@@ -82,16 +81,13 @@ class Grid(Codec):
 
     def decode(self, body: bytes, size: int) -> Tensor:
         """Code times step."""
-        count = -(-size // self.bucket)
-        scales = unpack_scales(body, count)
-        digits = unpack_digits(body[2 * count :], 2 * self.levels + 1, size)
-        steps = _spread(scales / np.float32(self.levels), self.bucket, size)
-        return torch.from_numpy((digits.astype(np.float32) - np.float32(self.levels)) * steps)
+        step = _spread(body, self.bucket, size) / np.float32(self.levels)
+        digits = unpack_digits(body[2 * -(-size // self.bucket) :], 2 * self.levels + 1, size)
+        return torch.from_numpy((digits.astype(np.float32) - np.float32(self.levels)) * step)
 
     def bound(self, vector: Tensor) -> Tensor:
         """One step, or half of one when rounding to the nearest (and float32's own rounding)."""
-        packed = self._scales(vector.numpy())
-        scale = _spread(unpack_scales(packed, len(packed) // 2), self.bucket, vector.numel())
+        _, scale = self._scales(vector.numpy())
         share = (1 if self.rounding == "stochastic" else 0.5) / self.levels
         return torch.from_numpy(scale * (share + 2**-20) + self.levels * 2**-149)
 
@@ -99,9 +95,10 @@ class Grid(Codec):
         """Exactly this many bytes."""
         return 2 * -(-size // self.bucket) + digits_bytes(size, 2 * self.levels + 1)
 
-    def _scales(self, x: Floats) -> bytes:
-        """The largest magnitude of each bucket, rounded upwards so that no code exceeds `levels`."""
-        return pack_scales(np.maximum.reduceat(np.abs(x), _starts(x, self.bucket)), up=True)
+    def _scales(self, x: Floats) -> tuple[bytes, Floats]:
+        """The largest magnitude of each bucket, rounded upwards so that no code exceeds `levels`: packed, and [P]."""
+        packed = pack_scales(np.maximum.reduceat(np.abs(x), _starts(x, self.bucket)), up=True)
+        return packed, _spread(packed, self.bucket, len(x))
 
 
 @codec("int8", id=3)
@@ -141,29 +138,23 @@ class Sign(Codec):
     def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
         """A bfloat16 scale for each bucket, then the bits, 1 for plus."""
         x = vector.numpy()
-        packed = self._scales(x)
-        if self.rounding == "stochastic":
-            scale = _spread(unpack_scales(packed, len(packed) // 2), self.bucket, len(x))
-            plus = x > scale * (2 * rng.random(len(x), np.float32) - 1)
-        else:
-            plus = x > 0
-        return packed + np.packbits(plus).tobytes()
+        packed, scale = self._scales(x)
+        threshold = scale * (2 * rng.random(len(x), np.float32) - 1) if self.rounding == "stochastic" else 0
+        return packed + np.packbits(x > threshold).tobytes()
 
     def decode(self, body: bytes, size: int) -> Tensor:
         """Sign times scale."""
         if len(body) != self.limit(size):
             raise PayloadError(f"the body must be {self.limit(size)} bytes long, got {len(body)}")
-        count = -(-size // self.bucket)
-        scale = _spread(unpack_scales(body, count), self.bucket, size)
-        bits = np.unpackbits(np.frombuffer(body, np.uint8, offset=2 * count))
+        scale = _spread(body, self.bucket, size)
+        bits = np.unpackbits(np.frombuffer(body, np.uint8, offset=2 * -(-size // self.bucket)))
         if bits[size:].any():
             raise PayloadError("the padding after the signs is not zero")
         return torch.from_numpy(np.where(bits[:size], scale, -scale))
 
     def bound(self, vector: Tensor) -> Tensor:
         """The distance to the farther (stochastic) or the nearer (nearest) of plus and minus the scale."""
-        packed = self._scales(vector.numpy())
-        scale = torch.from_numpy(_spread(unpack_scales(packed, len(packed) // 2), self.bucket, vector.numel()))
+        scale = torch.from_numpy(self._scales(vector.numpy())[1])
         size = vector.abs()
         return size + scale if self.rounding == "stochastic" else (size - scale).abs()
 
@@ -171,13 +162,15 @@ class Sign(Codec):
         """Exactly this many bytes."""
         return 2 * -(-size // self.bucket) + -(-size // 8)
 
-    def _scales(self, x: Floats) -> bytes:
+    def _scales(self, x: Floats) -> tuple[bytes, Floats]:
+        """The largest (stochastic) or mean (nearest) magnitude of each bucket: packed, and [P]."""
         starts, size = _starts(x, self.bucket), np.abs(x)
         if self.rounding == "stochastic":
-            return pack_scales(np.maximum.reduceat(size, starts), up=True)
-        counts = np.diff(starts, append=len(x))
-        means = np.add.reduceat(size, starts, dtype=np.float64) / counts
-        return pack_scales(means.astype(np.float32), up=False)
+            packed = pack_scales(np.maximum.reduceat(size, starts), up=True)
+        else:
+            means = np.add.reduceat(size, starts, dtype=np.float64) / np.diff(starts, append=len(x))
+            packed = pack_scales(means.astype(np.float32), up=False)
+        return packed, _spread(packed, self.bucket, len(x))
 
 
 def _starts(x: Floats, bucket: int) -> NDArray[np.int64]:
@@ -185,34 +178,7 @@ def _starts(x: Floats, bucket: int) -> NDArray[np.int64]:
     return np.arange(0, len(x), bucket)
 
 
-def _spread(scales: Floats, bucket: int, size: int) -> Floats:
-    """Each bucket's scale, once for each of its entries."""
+def _spread(packed: bytes, bucket: int, size: int) -> Floats:
+    """The scale of each entry's bucket [size], from the packed scales at the start of a body."""
+    scales = unpack_scales(packed, -(-size // bucket))
     return np.repeat(scales, min(bucket, size))[:size]
-
-
-@codec("bits", id=20)
-class Bits(Codec):
-    """One bit for each entry, zero or one: how a mask travels."""
-
-    @property
-    def unbiased(self) -> bool:
-        """Exact for zeros and ones."""
-        return True
-
-    def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
-        """Eight entries to a byte, the last byte padded with zeros."""
-        return np.packbits(vector.numpy() != 0).tobytes()
-
-    def decode(self, body: bytes, size: int) -> Tensor:
-        """Zeros and ones as float32."""
-        if len(body) != self.limit(size):
-            raise PayloadError(f"the body must be {self.limit(size)} bytes long, got {len(body)}")
-        return torch.from_numpy(np.unpackbits(np.frombuffer(body, np.uint8), count=size).astype(np.float32))
-
-    def bound(self, vector: Tensor) -> Tensor:
-        """The distance to the nearer of zero and one, as `encode` takes every number but zero for one."""
-        return (vector - (vector != 0).float()).abs()
-
-    def limit(self, size: int) -> int:
-        """Exactly this many bytes."""
-        return -(-size // 8)
