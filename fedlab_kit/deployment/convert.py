@@ -65,10 +65,11 @@ def merge_ranges(clients: Iterable[Ranges]) -> Ranges:
 
 
 def calibrate(graph: Any, clients: Sequence[Tensor]) -> Ranges:
-    """Ranges merged over the clients' raw samples, of which an equal share from each client is used."""
+    """Ranges merged over the clients, each on an equal share of raw samples; of thousands, some are asked."""
     calibrator = Calibrator(graph)
-    share = max(1, CALIBRATION // max(1, len(clients)))
-    return merge_ranges(calibrator.ranges(samples[:share]) for samples in clients)
+    asked = clients[:: max(1, len(clients) // CALIBRATION)]
+    share = max(1, CALIBRATION // max(1, len(asked)))
+    return merge_ranges(calibrator.ranges(samples[:share]) for samples in asked)
 
 
 class Calibrator:
