@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlab_kit.compression.prune import prunable_mask
 from fedlab_kit.federation.masking import exchanged, first_mask, grows
 from fedlab_kit.federation.task import OUTCOMES, Task, chance
-from fedlab_kit.wire import Codec, PayloadError, compensate, finite, make, pack, unpack_all
+from fedlab_kit.wire import Bits, Codec, PayloadError, compensate, finite, make, pack, unpack_all
 
 ClientState = dict[str, Tensor]
 
@@ -52,7 +52,7 @@ def pack_broadcast(
     whole = experiment.downlink == "fp32" or (copy is None and experiment.start is not None)
     frames = []
     if tell_mask and parts.mask is not None:
-        frames.append(pack(make("bits"), parts.mask.float().cpu(), samples=0, rng=rng, zstd=zstd))
+        frames.append(pack(Bits(), parts.mask.float().cpu(), samples=0, rng=rng, zstd=zstd))
     codec = fp32 if whole else _downlink(job)
     known = torch.zeros_like(parts.weights) if whole else job.initial if copy is None else copy
     vector = _compact((parts.weights - known).cpu(), parts.mask)
@@ -160,7 +160,7 @@ def _growth(job: Task, round: int, mask: Tensor) -> tuple[Tensor, Codec]:
 def _first_frame(message: bytes, size: int) -> tuple[Tensor, bytes]:
     """Open the mask at the head of a message and return it with what follows."""
     length = 14 + int.from_bytes(message[6:10], "little")
-    _, (bits,) = unpack_all(message[:length], [(make("bits"), size)])
+    _, (bits,) = unpack_all(message[:length], [(Bits(), size)])
     return bits, message[length:]
 
 

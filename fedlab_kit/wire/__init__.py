@@ -1,12 +1,14 @@
 """What travels between clients and server: payload codecs, the byte ledger and privacy."""
 
 from . import dense, sparse  # registers the built-in codecs
+from .bits import Bits
 from .codec import CODECS, Codec, codec, make
 from .frame import compensate, pack, unpack, unpack_all
 from .steps import PayloadError, finite
 
 __all__ = [
     "CODECS",
+    "Bits",
     "Codec",
     "PayloadError",
     "codec",
