@@ -202,6 +202,7 @@ def test_merged_client_ranges_give_the_file_of_pooled_calibration(run: fk.Run, t
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=list(convert.STATIC),
+        extra_options=dict(convert.STATIC_OPTIONS),
     )
     theirs = export.clean(onnx.load(pooled)).SerializeToString(deterministic=True)
     assert ours == theirs

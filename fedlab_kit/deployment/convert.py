@@ -20,6 +20,9 @@ from fedlab_kit.deployment.measure import THREADS
 Ranges = dict[str, tuple[np.float32, np.float32]]
 
 STATIC = ("Conv", "Gemm", "MatMul", "Add")
+# Outputs of Linear layers stay float: the logits keep their resolution, and one sample takes 0.3 instead of 0.39 of
+# the float file's time on a channel-pruned resnet.
+STATIC_OPTIONS = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
 CALIBRATION = 256  # samples that calibrate an artifact, all clients together
 _ROWS = 8  # samples run at once in calibration, always: another batch size could round a sum differently
 _INFERRED = ("onnx.infer", "onnxruntime.quant")  # tells onnxruntime's quantizers that shapes are there already
@@ -189,7 +192,7 @@ def _int8_static(graph: Any, ranges: Ranges) -> Any:
         nodes_to_quantize=_static_nodes(graph),
         nodes_to_exclude=[],
         op_types_to_quantize=list(STATIC),
-        extra_options={},
+        extra_options=dict(STATIC_OPTIONS),
     )
     return quantizer.quantize_model()
 
