@@ -1,5 +1,6 @@
 """Figures are checked by what stands in them; `pareto` against its definition."""
 
+import base64
 import io
 import subprocess
 import sys
@@ -56,6 +57,29 @@ def test_the_description_names_the_round_the_accuracy_and_its_interval():
         "Accuracy per round: 50.0 % on validation after round 2 of 20 (95 % interval 45.0 % to 54.0 %), "
         "20.0 % after round 1; 1 earlier run behind it."
     )
+
+
+def pixels(tag: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(tag.split("base64,")[1].split('"')[0]))))
+
+
+def test_a_live_curve_shows_each_state_afresh():
+    live = plots.LiveCurve([("alpha 0.1", records(0.1, 0.4))], rounds=20)
+    one, two = live.to_html(records(0.2), "one"), live.to_html(records(0.2, 0.5), "two")
+    assert one.startswith('<img alt="one" width="680"') and pixels(one).shape == (360, 680, 4)
+    assert (pixels(one) != pixels(two)).any()
+    assert (pixels(live.to_html(records(0.2), "again")) == pixels(one)).all()
+
+
+def test_a_live_curve_draws_what_the_figure_draws():
+    rounds, earlier = records(0.2, 0.5, 0.7), [("alpha 0.1", records(0.1, 0.4))]
+    figure = plots.accuracy_curve(rounds, earlier, 20)
+    figure.set_dpi(100)
+    whole = np.asarray(Image.open(io.BytesIO(plots.to_png(figure)))).astype(int)
+    live = pixels(plots.LiveCurve(earlier, 20).to_html(rounds, "")).astype(int)
+    x = slice(0, int(0.18 * 680))  # left of the current run's own label, which stands elsewhere
+    assert np.abs(whole - live)[:, x].max() <= 20  # smoothed edges over the grid, which is drawn earlier here
+    assert len(np.unique(whole[:, x])) > 50
 
 
 @given(st.lists(st.floats(0, 100), max_size=8))

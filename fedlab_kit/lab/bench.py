@@ -17,12 +17,12 @@ import ipywidgets as widgets
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.controls import STYLE, Controls, help_text
-from fedlab_kit.lab.plots import accuracy_curve, describe_curve, to_html
+from fedlab_kit.lab.plots import LiveCurve, accuracy_curve, describe_curve, to_html
 from fedlab_kit.lab.session import Session, difference
 from fedlab_kit.runs import Run
 
 TEXT = "fk.Bench: run this notebook to see and use the workbench."
-PAUSE = 0.2  # seconds between two looks at the session
+PAUSE = 0.1  # seconds between two looks at the session
 
 
 class Bench:
@@ -38,6 +38,7 @@ class Bench:
         self.session = Session()
         self.controls = Controls(experiment or Experiment())
         self._drawn: Any = None
+        self._live: LiveCurve | None = None
         self._drawing = Lock()
         self._watcher: Thread | None = None
         self._build([self.controls[name] for name in controls])
@@ -114,13 +115,20 @@ class Bench:
         self.refresh()
 
     def _draw(self) -> None:
-        """Draw the curves, unless they are on the screen already."""
+        """Draw the curves, unless they are on the screen already: cheaply while a run is under way."""
         session, records, earlier = self.session, self.session.records, self.session.curves()
-        if self._drawn == (now := (session.experiment, len(records), len(earlier))):
+        now = (session.experiment, len(records), len(earlier), session.busy)
+        if self._drawn == now:
             return
         rounds = (session.experiment or self.experiment).rounds
-        figure = accuracy_curve(records, earlier, rounds)
-        self._figure.value = to_html(figure, describe_curve(records, earlier, rounds))
+        alt = describe_curve(records, earlier, rounds)
+        if session.busy:
+            if self._live is None:
+                self._live = LiveCurve(earlier, rounds)
+            self._figure.value = self._live.to_html(records, alt)
+        else:
+            self._live = None
+            self._figure.value = to_html(accuracy_curve(records, earlier, rounds), alt)
         self._drawn = now
 
     def _watch(self) -> None:

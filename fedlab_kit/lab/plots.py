@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, which a notebook without plots should not pay
     from IPython.display import Image
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -82,21 +83,52 @@ def accuracy_curve(
 
     `rounds` is how far the axis reaches at least; `earlier` is drawn in its order, each labelled where it ends.
     """
-    figure, axes = _canvas(right=0.27)
-    longest = max([rounds, 2, *(curve[-1].round for _, curve in (*earlier, (label, records)) if curve)])
-    axes.set(xlabel="Round", ylabel="Accuracy on validation (%)", xlim=(0, longest * 1.02), ylim=(0, 100))
-    _whole_numbers(axes)
-    for _, curve in earlier:
-        axes.plot(*_percent(curve), color=GREY, linewidth=1, alpha=0.7)
+    figure, axes = _backdrop(earlier, max(rounds, records[-1].round if records else 0))
     if records:
-        x, y = _percent(records)
-        low, high = [100 * record.low for record in records], [100 * record.high for record in records]
-        axes.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0)
-        axes.plot(x, y, color=BLUE, linewidth=2.2, marker="o", markersize=4)
+        _add_run(axes, records)
     elif not earlier:
-        axes.text(longest / 2, 50, "No round yet", color=GREY, ha="center")
-    _label_ends(axes, [(text, curve, GREY) for text, curve in earlier] + [(label, records, BLUE)])
+        axes.text(0.5, 0.5, "No round yet", transform=axes.transAxes, color=GREY, ha="center")
+    _label_ends(axes, [*earlier, (label, records)], bold=label)
     return figure
+
+
+class LiveCurve:
+    """`accuracy_curve` for a run under way: axes and earlier runs are drawn once, a round then costs a few ms.
+
+    Drawing holds the interpreter, and with it the thread that trains; hence also the coarser picture.
+    """
+
+    def __init__(self, earlier: Sequence[Curve], rounds: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        figure, self._axes = _backdrop(earlier, rounds)
+        _label_ends(self._axes, earlier)
+        figure.set_dpi(PIXELS_PER_INCH)
+        self._inches = figure.get_figwidth()
+        self._canvas = FigureCanvasAgg(figure)
+        self._canvas.draw()
+        self._background = self._canvas.copy_from_bbox(figure.bbox)
+
+    def to_html(self, records: Sequence[Measured], alt: str) -> str:
+        """Return the picture after these rounds, as `to_html` does for a figure."""
+        self._canvas.restore_region(self._background)
+        if records:
+            artists = _add_run(self._axes, records)
+            end = (records[-1].round, 100 * records[-1].accuracy)
+            text = percent(records[-1].accuracy)
+            look: dict[str, Any] = {"color": BLUE, "fontsize": 9, "fontweight": "bold", "annotation_clip": False}
+            artists.append(self._axes.annotate(text, end, (7, -3), textcoords="offset points", **look))
+            for artist in artists:
+                self._axes.draw_artist(artist)
+                artist.remove()
+        return _img(self._png(), alt, self._inches)
+
+    def _png(self) -> bytes:
+        from matplotlib.image import imsave
+
+        buffer = BytesIO()
+        imsave(buffer, self._canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
+        return buffer.getvalue()
 
 
 def describe_curve(records: Sequence[Measured], earlier: Sequence[Curve] = (), rounds: int = 0) -> str:
@@ -222,10 +254,7 @@ def to_png(figure: Figure) -> bytes:
 
 def to_html(figure: Figure, alt: str) -> str:
     """Return the figure as an `<img>` that a screen reader reads out as `alt`."""
-    data = base64.b64encode(to_png(figure)).decode()
-    width = round(figure.get_figwidth() * PIXELS_PER_INCH)
-    look = f'width="{width}" style="max-width: 100%; height: auto"'
-    return f'<img alt="{escape(alt)}" {look} src="data:image/png;base64,{data}">'
+    return _img(to_png(figure), alt, figure.get_figwidth())
 
 
 def to_image(figure: Figure, alt: str) -> Image:
@@ -233,6 +262,30 @@ def to_image(figure: Figure, alt: str) -> Image:
     from IPython.display import Image
 
     return Image(to_png(figure), alt=alt, width=round(figure.get_figwidth() * PIXELS_PER_INCH))
+
+
+def _img(png: bytes, alt: str, inches: float) -> str:
+    look = f'width="{inches * PIXELS_PER_INCH:.0f}" style="max-width: 100%; height: auto"'
+    return f'<img alt="{escape(alt)}" {look} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _backdrop(earlier: Sequence[Curve], rounds: int) -> tuple[Figure, Axes]:
+    """Return axes for `rounds` rounds, or as many as an earlier run has, with the earlier runs in grey."""
+    figure, axes = _canvas(right=0.27)
+    longest = max([2, rounds, *(curve[-1].round for _, curve in earlier if curve)])
+    axes.set(xlabel="Round", ylabel="Accuracy on validation (%)", xlim=(0, longest * 1.02), ylim=(0, 100))
+    _whole_numbers(axes)
+    for _, curve in earlier:
+        axes.plot(*_percent(curve), color=GREY, linewidth=1, alpha=0.7)
+    return figure, axes
+
+
+def _add_run(axes: Axes, records: Sequence[Measured]) -> list[Artist]:
+    """Draw the current run bold over its 95 % band."""
+    x, y = _percent(records)
+    low, high = [100 * record.low for record in records], [100 * record.high for record in records]
+    band = axes.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0)
+    return [band, *axes.plot(x, y, color=BLUE, linewidth=2.2, marker="o", markersize=4)]
 
 
 def _canvas(right: float, left: float = 0.09) -> tuple[Figure, Axes]:
@@ -261,20 +314,19 @@ def _whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True))
 
 
-def _label_ends(axes: Axes, curves: list[tuple[str, Sequence[Measured], str]]) -> None:
+def _label_ends(axes: Axes, curves: Sequence[Curve], bold: str | None = None) -> None:
     """Write each label right of the axes at the height where its curve ends, moved apart where they would touch."""
-    ends = [(100 * curve[-1].accuracy, text, color) for text, curve, color in curves if curve]
-    ends.sort(key=lambda end: end[0])
-    for height, (value, text, color) in zip(_apart([end[0] for end in ends], gap=6.0), ends, strict=True):
+    ends = sorted([(100 * curve[-1].accuracy, text) for text, curve in curves if curve])
+    for height, (value, text) in zip(_apart([end[0] for end in ends], gap=6.0), ends, strict=True):
         axes.annotate(
             shorten(f"{percent(value / 100)} {text}", 28, placeholder="..."),
             (1.01, height),
             xycoords=("axes fraction", "data"),
             annotation_clip=False,
-            color=color,
+            color=BLUE if text == bold else GREY,
             va="center",
             fontsize=9,
-            fontweight="bold" if color != GREY else "normal",
+            fontweight="bold" if text == bold else "normal",
         )
 
 
