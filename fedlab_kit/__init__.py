@@ -3,8 +3,8 @@
 from fedlab_kit.catalog import dataset, model
 from fedlab_kit.data import Dataset, Preprocess, Split
 from fedlab_kit.experiment import Experiment, Recipe
+from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import rounds
-from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.runs import Run, find, history, train
 from fedlab_kit.wire import Codec, codec
 

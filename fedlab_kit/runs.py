@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from fedlab_kit import catalog
 from fedlab_kit.data import Dataset, load
 from fedlab_kit.experiment import SCHEMA, Experiment
+from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import play
-from fedlab_kit.federation.server import RoundRecord, ServerState
+from fedlab_kit.federation.server import ServerState
 from fedlab_kit.federation.task import OUTCOMES, strata, task
 from fedlab_kit.partition import label_counts
 from fedlab_kit.statistics import Z95, wilson

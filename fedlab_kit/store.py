@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.server import RoundRecord, ServerState, start
+from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import ServerState, start
 from fedlab_kit.files import StoreError, read_tensors, write_bytes, write_tensors
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +13,11 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.ensemble import distil_ensemble
 from fedlab_kit.federation.masking import adjusts, first_mask, next_mask
 from fedlab_kit.federation.messages import Answer, Broadcast, open_payload, pack_broadcast
+from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.strategies import STRATEGIES, Slots
 from fedlab_kit.federation.task import Task, chance, task
 from fedlab_kit.statistics import wilson
 from fedlab_kit.wire import PayloadError
-
-Slots = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,48 +33,6 @@ class ServerState:
     weights: Tensor
     slots: Slots = field(default_factory=dict)
     sent: Mapping[int, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """One round in plain numbers.
-
-    `accuracy` in 0..1 on the validation split with its 95 % interval `low`..`high`; `loss` in nats (None when it is
-    not finite); `uplink_bytes` and `downlink_bytes` are the lengths of all payloads of this round; `seconds` is wall
-    time; `cohort` the clients sampled, `answered` those whose update was used; `correct` and `total` count the
-    validation samples per class (or per site); `refused` names the clients whose payload could not be used, with the
-    reason; `note` says what else went wrong.
-    """
-
-    round: int
-    accuracy: float
-    low: float
-    high: float
-    loss: float | None
-    uplink_bytes: int
-    downlink_bytes: int
-    seconds: float
-    cohort: tuple[int, ...]
-    answered: tuple[int, ...]
-    correct: tuple[int, ...]
-    total: tuple[int, ...]
-    refused: tuple[tuple[int, str], ...] = ()
-    note: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as a dictionary that JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
-        """Rebuild a record from `to_dict` after a trip through JSON."""
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**{**values, "refused": tuple((client, why) for client, why in values["refused"])})
-
-    @property
-    def diverged(self) -> bool:
-        """Whether training ended here because a number was no longer finite."""
-        return self.loss is None
 
 
 def start(experiment: Experiment) -> ServerState:
@@ -226,34 +183,3 @@ def _mean(vectors: list[Tensor], samples: list[int]) -> Tensor:
     for vector, count in zip(vectors, samples, strict=True):
         mean.add_(vector, alpha=count / sum(samples))
     return mean
-
-
-Strategy = Callable[[Experiment, Slots, Tensor], tuple[Tensor, Slots]]
-
-
-def average(experiment: Experiment, slots: Slots, mean: Tensor) -> tuple[Tensor, Slots]:
-    """Step along the mean update [P] (FedAvg, McMahan et al. 2017)."""
-    return experiment.server_lr * mean, slots
-
-
-def momentum(experiment: Experiment, slots: Slots, mean: Tensor) -> tuple[Tensor, Slots]:
-    """Step along the decaying sum of mean updates (FedAvgM, Hsu et al. 2019)."""
-    velocity = experiment.server_momentum * slots.get("velocity", torch.zeros_like(mean)) + mean
-    return experiment.server_lr * velocity, {**slots, "velocity": velocity}
-
-
-def adam(experiment: Experiment, slots: Slots, mean: Tensor) -> tuple[Tensor, Slots]:
-    """Step by first over root of second moment, beta 0.9 and 0.99, tau 0.001 (FedAdam, Reddi et al. 2021)."""
-    first = 0.9 * slots.get("first", torch.zeros_like(mean)) + 0.1 * mean
-    second = 0.99 * slots.get("second", torch.zeros_like(mean)) + 0.01 * mean**2
-    return experiment.adam_lr * first / (second.sqrt() + 1e-3), {**slots, "first": first, "second": second}
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "fedavg": average,
-    "fedprox": average,
-    "fedavgm": momentum,
-    "fedadam": adam,
-    "scaffold": average,
-    "feddf": average,
-}

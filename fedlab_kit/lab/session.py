@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from threading import Event, Lock, Thread
 
 from fedlab_kit.experiment import Experiment, Settings
-from fedlab_kit.federation.server import RoundRecord
-from fedlab_kit.lab.plots import Curve, percent
+from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.lab.canvas import percent
+from fedlab_kit.lab.curve import Curve
 from fedlab_kit.runs import Run, train
 
 
