@@ -67,6 +67,12 @@ def test_everything_that_set_up_installs_is_pinned():
     assert other == {}, "installed in other versions than constraints.txt says: run make setup"
 
 
+@pytest.mark.parametrize("python", ["3.11.2", "3.12.0", "3.13.0"])  # 3.11.2 is Debian 12's own
+def test_every_pinned_release_runs_on_the_supported_pythons(python):
+    needs = {name: importlib.metadata.metadata(name).get("Requires-Python") for name in installed_closure(DIRECT)}
+    assert [name for name, range_ in needs.items() if range_ and python not in SpecifierSet(range_)] == []
+
+
 def test_torch_is_exactly_the_pinned_one_and_no_cuda_comes_with_it():
     assert PINS["torch"] == "2.13.0"
     assert Version(importlib.metadata.version("torch")).public == "2.13.0"
