@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedlab_kit.lab import plots
+from fedlab_kit.lab import curve, plots
 
 
 def records(*accuracies: float) -> list[SimpleNamespace]:
@@ -84,13 +84,13 @@ def test_a_live_curve_draws_what_the_figure_draws():
 
 @given(st.lists(st.floats(0, 100), max_size=8))
 def test_labels_do_not_touch_and_stay_below_the_top(heights):
-    placed = plots._apart(sorted(heights), gap=6)
+    placed = curve._apart(sorted(heights), gap=6)
     assert all(b - a >= 6 - 1e-9 for a, b in pairwise(placed))
     assert all(height <= 100 for height in placed)
 
 
 def test_labels_with_room_stay_where_their_curves_end():
-    assert plots._apart([10, 50, 90], gap=6) == [10, 50, 90]
+    assert curve._apart([10, 50, 90], gap=6) == [10, 50, 90]
 
 
 def point(size: float | None, accuracy: float, **more: object) -> dict[str, object]:

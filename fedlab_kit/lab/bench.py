@@ -16,8 +16,9 @@ from typing import Any
 import ipywidgets as widgets
 
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.lab.canvas import to_html
 from fedlab_kit.lab.controls import STYLE, Controls, help_text
-from fedlab_kit.lab.plots import LiveCurve, accuracy_curve, describe_curve, to_html
+from fedlab_kit.lab.curve import LiveCurve, accuracy_curve, describe_curve
 from fedlab_kit.lab.session import Session, difference
 from fedlab_kit.runs import Run
 
