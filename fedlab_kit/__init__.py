@@ -2,6 +2,7 @@
 
 from fedlab_kit.catalog import dataset, model
 from fedlab_kit.data import Dataset, Preprocess, Split
+from fedlab_kit.deployment.artifact import Artifact, compress
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import rounds
@@ -9,6 +10,7 @@ from fedlab_kit.runs import Run, find, history, train
 from fedlab_kit.wire import Codec, codec
 
 __all__ = [
+    "Artifact",
     "Codec",
     "Dataset",
     "Experiment",
@@ -18,6 +20,7 @@ __all__ = [
     "Run",
     "Split",
     "codec",
+    "compress",
     "dataset",
     "find",
     "history",
