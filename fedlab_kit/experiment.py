@@ -188,7 +188,7 @@ class Experiment(Settings):
         span=(0.001, 1),
         log=True,
     )
-    strategy: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold", "feddf"] = knob(
+    strategy: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold", "feddf", "median"] = knob(
         "fedavg", "Strategy", "How updates are made and combined.", group="training"
     )
     proximal_mu: float = knob(
@@ -211,7 +211,7 @@ class Experiment(Settings):
         le=10,
         span=(0.1, 2),
         step=0.1,
-        when={"strategy": ("fedavg", "fedprox", "fedavgm", "scaffold", "feddf")},
+        when={"strategy": ("fedavg", "fedprox", "fedavgm", "scaffold", "feddf", "median")},
     )
     server_momentum: float = knob(
         0.9,
@@ -368,6 +368,35 @@ class Experiment(Settings):
         group="wire",
     )
     zstd: bool = knob(False, "zstd", "Squeeze every payload by zstd as well.", group="wire")
+    privacy: Literal["off", "client", "record"] = knob(
+        "off",
+        "Differential privacy",
+        "Client: the trusted server clips each update and adds noise to the sum; for 1,000 clients and more. "
+        "Record: each client clips and noises the gradients of its own samples; for a few large sites.",
+        group="privacy",
+    )
+    clip_norm: float = knob(
+        1.0,
+        "Clip norm",
+        "Longest update (client) or gradient of one sample (record) that is let through.",
+        group="privacy",
+        gt=0,
+        le=1000,
+        span=(0.01, 10),
+        log=True,
+        when={"privacy": ("client", "record")},
+    )
+    noise_multiplier: float = knob(
+        1.0,
+        "Noise multiplier",
+        "Standard deviation of the noise, in clip norms.",
+        group="privacy",
+        ge=0,
+        le=100,
+        span=(0, 5),
+        step=0.1,
+        when={"privacy": ("client", "record")},
+    )
     seed: int = knob(
         7,
         "Seed",
@@ -402,6 +431,10 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _cohort_fits(self) -> Self:
+        if self.privacy == "client" and self.strategy in ("scaffold", "feddf", "median"):
+            raise ValueError(f"strategy must be a plain mean for client-level privacy, got {self.strategy!r}")
+        if self.privacy == "record" and (self.teacher is not None or self.qat != "off"):
+            raise ValueError("privacy must be off or client together with a teacher or qat, got 'record'")
         if self.clients_per_round > self.clients:
             raise ValueError(
                 f"clients_per_round must be at most clients ({self.clients}), got {self.clients_per_round}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from fedlab_kit.partition import label_counts
 from fedlab_kit.statistics import Z95, wilson
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire import make
+from fedlab_kit.wire.privacy import epsilon
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,6 +110,24 @@ class Run:
         result = job.evaluate(self.weights, job.dataset.test)
         hits, total = sum(result.correct), sum(result.total)
         return hits / total, *wilson(hits, total)
+
+    def epsilon(self, delta: float = 1e-5) -> float:
+        """Return what privacy was spent at `delta`, by opacus's accountant; infinite when `privacy` is off.
+
+        At client level for every client; at record level for the samples of the client that fared worst.
+        """
+        e = self.experiment
+        if e.privacy == "client":
+            return epsilon(e.noise_multiplier, e.clients_per_round / e.clients, len(self.records), delta)
+        if e.privacy == "off":
+            return float("inf")
+        asked = Counter(client for record in self.records for client in record.answered)
+        spent = [0.0]
+        for client, rounds in asked.items():
+            size = len(self.shards[client])
+            rate, steps = min(1.0, e.batch_size / size), -(-size // e.batch_size) * e.local_epochs * rounds
+            spent.append(epsilon(e.noise_multiplier, rate, steps, delta))
+        return max(spent)
 
     def client_accuracy(self, record: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return accuracy, low and high (95 %) per client, each [clients], after one of the rounds.

@@ -368,3 +368,70 @@ def test_ones_own_codec_from_a_notebook():
     run = fk.train(SMALL.replace(uplink="halves", rounds=2))
     assert run.records[0].uplink_bytes == 4 * (14 + task(SMALL).model.layout.size)
     assert make("halves").name == "halves"
+
+
+# ---- privacy and poison
+
+
+def test_client_level_privacy_draws_by_poisson_and_divides_by_a_fixed_number():
+    experiment = SMALL.replace(privacy="client", clip_norm=0.1, noise_multiplier=0.0, rounds=8)
+    history = play(experiment)
+    assert len({len(record.cohort) for _, record, _ in history}) > 1
+    before = task(experiment).initial
+    for state, record, _ in history:
+        step = state.weights - before
+        assert step.norm() <= len(record.answered) * 0.1 / experiment.clients_per_round + 1e-6
+        before = state.weights
+
+
+def test_client_level_noise_has_the_stated_size():
+    experiment = SMALL.replace(privacy="client", clip_norm=0.5, noise_multiplier=2.0, rounds=1)
+    noisy = play(experiment)[-1][0].weights
+    plain = play(experiment.replace(noise_multiplier=0.0))[-1][0].weights
+    assert (noisy - plain).std().item() == pytest.approx(2.0 * 0.5 / 4, rel=0.05)
+
+
+def test_record_level_privacy_is_dp_sgd():
+    """One client whose clip norm never bites and no noise: plain SGD on Poisson batches, whatever the path."""
+    experiment = SMALL.replace(
+        model="logistic", privacy="record", clip_norm=1000.0, noise_multiplier=0.0, clients=1, clients_per_round=1,
+        batch_size=120, rounds=1,
+    )  # fmt: skip
+    private = play(experiment)[-1][0].weights
+    plain = play(experiment.replace(privacy="off"))[-1][0].weights
+    torch.testing.assert_close(private, plain, rtol=1e-4, atol=1e-6)  # batch 120 of 120 is everybody: no chance left
+    tight = play(experiment.replace(clip_norm=0.001))[-1][0].weights
+    assert (tight - task(experiment).initial).norm() <= experiment.lr * 0.001 * 1.01
+
+
+def test_epsilon_of_a_run():
+    from fedlab_kit.wire.privacy import epsilon
+
+    run = fk.train(SMALL.replace(privacy="client", rounds=3))
+    assert run.epsilon(1e-3) == pytest.approx(epsilon(1.0, 4 / 6, 3, 1e-3))
+    assert fk.train(SMALL.replace(rounds=3)).epsilon() == float("inf")
+    run = fk.train(SMALL.replace(privacy="record", rounds=3, model="logistic"))
+    assert 0 < run.epsilon(1e-3) < float("inf")
+
+
+def test_a_poisoned_update_moves_the_mean_and_not_the_median():
+    from fedlab_kit.federation.strategies import mean, median
+
+    honest = [
+        torch.tensor([1.0, -1.0]),
+        torch.tensor([1.2, -0.8]),
+        torch.tensor([0.8, -1.2]),
+        torch.tensor([1.1, -1.0]),
+    ]
+    poisoned = [*honest, torch.tensor([-1e6, 1e6])]
+    assert mean(poisoned, [1] * 5)[0] < -1e5
+    assert median(poisoned).tolist() == [pytest.approx(1.0), pytest.approx(-1.0)]
+    assert median(honest).tolist() == [pytest.approx(1.05), pytest.approx(-1.0)]
+    assert play(SMALL.replace(strategy="median", rounds=2))[-1][1].loss is not None
+
+
+def test_settings_that_privacy_cannot_keep():
+    with pytest.raises(ValueError, match="strategy must be a plain mean for client-level privacy, got 'median'"):
+        SMALL.replace(privacy="client", strategy="median")
+    with pytest.raises(ValueError, match="privacy must be off or client together with a teacher or qat"):
+        SMALL.replace(privacy="record", qat="int8")

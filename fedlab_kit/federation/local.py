@@ -14,6 +14,7 @@ from fedlab_kit.federation.masking import dense_gradient, grows
 from fedlab_kit.federation.messages import Answer, Broadcast, ClientState, open_broadcast, pack_payload
 from fedlab_kit.federation.objective import Objective
 from fedlab_kit.federation.task import Task, chance, task
+from fedlab_kit.wire.privacy import clip, poisson_sample, private_gradient
 
 
 class Stopped(Exception):
@@ -88,6 +89,8 @@ def _answer(
     """Return what the client has to say and what it keeps until it is next asked."""
     experiment, memory = job.experiment, dict(state)
     update, control, growth = trained - got.weights, None, None
+    if experiment.privacy == "client":
+        update = clip(update, experiment.clip_norm)
     if experiment.downlink != "fp32":
         memory["copy"] = got.weights.cpu()
     if got.mask is not None and experiment.mask_schedule != "fixed":
@@ -118,10 +121,13 @@ def _train(
 ) -> Tensor:
     """Return the clients' trained weights [C, P]; `ids` and `plans` come in order of falling size."""
     trained = objective.start.clone()
-    size = job.stack.stack_size if job.stack else 1
+    private = job.experiment.privacy == "record"
+    size = job.stack.stack_size if job.stack and not private else 1
     for first in range(0, len(ids), size):
         rows = slice(first, first + size)
-        if job.stack:
+        if private:
+            _train_private(job, ids[first], round, len(plans[first]), trained[rows], objective, first, stop)
+        elif job.stack:
             _train_stacked(job, plans[rows], trained[rows], objective, first, stop)
         else:
             _train_one(job, plans[first], trained[rows], objective, first, stop, seed=(round, ids[first]))
@@ -187,6 +193,28 @@ def _train_one(
             weights[0, parameters].sub_(model.gradient[parameters], alpha=lr)
             weights[0, statistics] = model.weights[statistics]
             objective.confine(weights)
+
+
+def _train_private(
+    job: Task, client: int, round: int, steps: int, weights: Tensor, objective: Objective, row: int, stop: Event | None
+) -> None:
+    """Train one client by DP-SGD (Abadi et al. 2016) on Poisson batches of its samples: `weights` [1, P], in place."""
+    experiment, model, shard = job.experiment, job.model, job.shards[client]
+    rng = chance(experiment, "private", round, client)
+    expected, parameters = min(experiment.batch_size, len(shard)), slice(0, model.layout.trainable)
+    model.module.train()
+    for _ in range(steps):
+        _check(stop)
+        index = shard[poisson_sample(len(shard), expected / len(shard), rng)].to(experiment.device)
+        drift = objective.drift(weights, slice(row, row + 1))
+        model.weights.copy_(weights[0])
+        x, y = job.inputs(index), job.y[index]
+        norm, noise = experiment.clip_norm, experiment.noise_multiplier
+        gradient = private_gradient(model.module, x, y, norm, noise, expected, rng).to(weights.device)
+        weights[0, parameters].sub_(gradient, alpha=experiment.lr)
+        if drift is not None:
+            weights[0, parameters].sub_(drift[0, parameters], alpha=experiment.lr)
+        objective.confine(weights)
 
 
 def _check(stop: Event | None) -> None:

@@ -14,10 +14,11 @@ from fedlab_kit.federation.ensemble import distil_ensemble
 from fedlab_kit.federation.masking import adjusts, first_mask, next_mask
 from fedlab_kit.federation.messages import Answer, Broadcast, open_payload, pack_broadcast
 from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.strategies import STRATEGIES, Slots
+from fedlab_kit.federation.strategies import STRATEGIES, Slots, mean, median
 from fedlab_kit.federation.task import Task, chance, task
 from fedlab_kit.statistics import wilson
 from fedlab_kit.wire import PayloadError
+from fedlab_kit.wire.privacy import noisy_mean, poisson_sample
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ def start(experiment: Experiment) -> ServerState:
 
 
 def select(experiment: Experiment, round: int) -> list[int]:
-    """Return the ids of the round's cohort, sorted; a function of (seed, round) alone."""
+    """Return the ids of the round's cohort, sorted; a function of (seed, round) alone.
+
+    Client-level privacy needs Poisson sampling: each client comes with the same chance, so the number varies.
+    """
     rng = chance(experiment, "select", round)
+    if experiment.privacy == "client":
+        return poisson_sample(experiment.clients, experiment.clients_per_round / experiment.clients, rng).tolist()
     return sorted(rng.choice(experiment.clients, experiment.clients_per_round, replace=False).tolist())
 
 
@@ -72,15 +78,13 @@ def broadcast(
     """
     experiment, slots, job = state.experiment, state.slots, task(state.experiment)
     parts = Broadcast(state.weights, slots.get("control"), slots.get("mask"))
-    known = torch.ones(experiment.clients, dtype=torch.bool)
-    told, taught = slots.get("told", known).tolist(), slots.get("taught", known).tolist()
     messages, made = {}, {}
     for client in ids:
-        # Clients who hold nothing and are told the same share one message.
-        same = (told[client], taught[client]) if experiment.downlink == "fp32" else client
+        news = tuple(name in slots and not slots[name][client] for name in ("told", "taught"))
+        # Clients who hold nothing and need the same news share one message.
+        same = news if experiment.downlink == "fp32" else client
         if same not in made:
-            news = not told[client], not taught[client]
-            made[same] = pack_broadcast(job, state.round + 1, client, parts, copies.get(client), *news)
+            made[same] = pack_broadcast(job, state.round + 1, client, parts, copies.get(client), *map(bool, news))
         messages[client] = made[same]
     return messages, replace(state, sent={client: len(message) for client, message in messages.items()})
 
@@ -138,13 +142,13 @@ def _receive(
 
 
 def _combine(job: Task, state: ServerState, answers: Mapping[int, Answer]) -> tuple[Tensor, Slots]:
-    """Return the new weights [P] and slots: the strategy's step along the weighted mean update."""
-    if not answers:
-        return state.weights, state.slots
+    """Return the new weights [P] and slots: the strategy's step along what the answers say together."""
     experiment, slots, trainable = state.experiment, state.slots, job.model.layout.trainable
-    mean = _mean([a.update for a in answers.values()], [a.samples for a in answers.values()])
-    step, slots = STRATEGIES[experiment.strategy](experiment, slots, mean)
-    step[trainable:] = mean[trainable:]  # running statistics are averaged; a server optimizer has no business there
+    if not answers and experiment.privacy != "client":
+        return state.weights, slots
+    together = _aggregate(job, state, list(answers.values()))
+    step, slots = STRATEGIES[experiment.strategy](experiment, slots, together)
+    step[trainable:] = together[trainable:]  # a server optimizer has no business with running statistics
     weights = state.weights + step
     controls = [answer.control for answer in answers.values() if answer.control is not None]
     if controls:
@@ -153,6 +157,20 @@ def _combine(job: Task, state: ServerState, answers: Mapping[int, Answer]) -> tu
         clients = [state.weights + answer.update for answer in answers.values()]
         weights = distil_ensemble(job, state.round + 1, weights, clients, slots.get("mask"))
     return weights, slots
+
+
+def _aggregate(job: Task, state: ServerState, answers: list[Answer]) -> Tensor:
+    """Return the cohort's update [P]: the mean by samples, the private mean over a fixed number, or the median."""
+    experiment, updates = state.experiment, [answer.update for answer in answers]
+    if experiment.privacy == "client":
+        rng = chance(experiment, "noise", state.round + 1)
+        on_cpu, size = [update.cpu() for update in updates], job.model.layout.size
+        expected, noise = experiment.clients_per_round, experiment.noise_multiplier
+        private = noisy_mean(on_cpu, experiment.clip_norm, noise, expected, rng, size)
+        return private.to(state.weights.device)
+    if experiment.strategy == "median":
+        return median(updates)
+    return mean(updates, [answer.samples for answer in answers])
 
 
 def _heard(slots: Slots, clients: list[int]) -> Slots:
@@ -170,16 +188,8 @@ def _prune(
     mask, round = slots.get("mask"), state.round + 1
     if adjusts(state.experiment, round) and answers:
         growths = {client: answer.growth for client, answer in answers.items() if answer.growth is not None}
-        gradient = _mean(list(growths.values()), [answers[c].samples for c in growths]) if growths else None
+        gradient = mean(list(growths.values()), [answers[c].samples for c in growths]) if growths else None
         mask = next_mask(job, round, weights, mask, gradient)
         slots = {**slots, "mask": mask, "told": torch.zeros(state.experiment.clients, dtype=torch.bool)}
         slots |= {name: slots[name] * mask for name in ("velocity", "first", "second", "control") if name in slots}
     return (weights if mask is None else weights * mask), slots
-
-
-def _mean(vectors: list[Tensor], samples: list[int]) -> Tensor:
-    """Return the mean of vectors [P] weighted by samples."""
-    mean = torch.zeros_like(vectors[0])
-    for vector, count in zip(vectors, samples, strict=True):
-        mean.add_(vector, alpha=count / sum(samples))
-    return mean

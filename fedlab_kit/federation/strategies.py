@@ -40,4 +40,19 @@ STRATEGIES: dict[str, Strategy] = {
     "fedadam": adam,
     "scaffold": average,
     "feddf": average,
+    "median": average,
 }
+
+
+def mean(updates: list[Tensor], samples: list[int]) -> Tensor:
+    """Return the mean of updates [P] weighted by samples."""
+    total = torch.zeros_like(updates[0])
+    for update, count in zip(updates, samples, strict=True):
+        total.add_(update, alpha=count / sum(samples))
+    return total
+
+
+def median(updates: list[Tensor]) -> Tensor:
+    """Return the median of updates [P], entry by entry: a few poisoned ones cannot move it far (Yin et al. 2018)."""
+    ordered, half = torch.stack(updates).sort(0).values, len(updates) // 2
+    return ordered[half] if len(updates) % 2 else (ordered[half - 1] + ordered[half]) / 2
