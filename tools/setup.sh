@@ -48,13 +48,13 @@ install_torch() {
 }
 
 install_project() {
-    say "installing fedlab-kit$extras and what it needs, in the versions of constraints.txt"
+    say "installing fedlab-kit$extras and what it needs, in the versions of constraints.txt: a minute or two"
     # Named by its full version (2.13.0+cpu), the torch that is there cannot be exchanged for one with CUDA.
     torch=$(in_venv pip freeze 2>/dev/null | grep '^torch==')
     in_venv pip install --quiet --disable-pip-version-check -c constraints.txt "$torch" -e ".$extras" || stop "$remedy"
 }
 
-remedy="pip could not install (see above); check the network, or give pip a folder of wheels: PIP_NO_INDEX=1 PIP_FIND_LINKS=folder make lab"
+remedy="pip could not install (see above): check the network and run the same command again"
 make_venv
 install_torch
 install_project
