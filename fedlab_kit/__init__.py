@@ -1,16 +1,23 @@
 """fedlab-kit: compress and accelerate models in federated learning, and measure everything on real files."""
 
+from typing import TYPE_CHECKING, Any
+
 from fedlab_kit.catalog import dataset, model
 from fedlab_kit.data import Dataset, Preprocess, Split
 from fedlab_kit.deployment.artifact import Artifact, compress
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import rounds
+from fedlab_kit.lab.exercises import check
 from fedlab_kit.runs import Run, find, history, train
 from fedlab_kit.wire import Codec, codec
 
+if TYPE_CHECKING:
+    from fedlab_kit.lab.bench import Bench
+
 __all__ = [
     "Artifact",
+    "Bench",
     "Codec",
     "Dataset",
     "Experiment",
@@ -19,6 +26,7 @@ __all__ = [
     "RoundRecord",
     "Run",
     "Split",
+    "check",
     "codec",
     "compress",
     "dataset",
@@ -28,3 +36,12 @@ __all__ = [
     "rounds",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the workbench, and the widgets with it, when it is first asked for."""
+    if name == "Bench":
+        from fedlab_kit.lab.bench import Bench
+
+        return Bench
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
