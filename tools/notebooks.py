@@ -11,8 +11,19 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbformat import NotebookNode
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def drop_what_changes(notebook: NotebookNode) -> None:
+    """Keep tags and outputs only; a displayed widget keeps its text, since its random id means nothing later."""
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({"tags": cell.metadata.tags} if cell.metadata.get("tags") else {})
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
 
 
 def run(path: Path) -> None:
@@ -24,14 +35,12 @@ def run(path: Path) -> None:
             notebook,
             kernel_name="python3",
             timeout=600,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
             record_timing=False,
             coalesce_streams=True,
             resources={"metadata": {"path": str(path.parent)}},
         ).execute()
-    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
-    for cell in notebook.cells:
-        kept = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
-        cell.metadata = nbformat.from_dict(kept)
+    drop_what_changes(notebook)
     fresh = path.with_suffix(".tmp")
     nbformat.write(notebook, fresh)
     os.replace(fresh, path)

@@ -49,6 +49,8 @@ def test_metadata_hold_nothing_that_changes_from_run_to_run(notebook):
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
     assert set(notebook.metadata.get("language_info", {})) <= {"name"}
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    kinds = {kind for cell in code_cells(notebook) for output in cell.outputs for kind in output.get("data", {})}
+    assert "application/vnd.jupyter.widget-view+json" not in kinds
 
 
 def test_was_run_from_top_to_bottom(notebook):
