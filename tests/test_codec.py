@@ -285,6 +285,16 @@ def test_top_k_alone_loses_what_is_always_small() -> None:
     assert (true - compensated).norm() < 0.2 * (true - alone).norm()
 
 
+@pytest.mark.parametrize(("name", "growth"), [("ternary", 3), ("sign", 1e6)])
+def test_error_feedback_and_one_bit_stochastic_rounding_do_not_mix(name: str, growth: float) -> None:
+    """Right on average, but its error is larger than what it is given: the residual grows instead of shrinking."""
+    updates = [noise(400, seed) for seed in range(40)]
+    stochastic, nearest = (make(name, rounding=rounding) for rounding in ("stochastic", "nearest"))
+    held = feed(nearest, updates, feedback=True)[1].norm()
+    assert held < 2 * updates[0].norm()
+    assert feed(stochastic, updates, feedback=True)[1].norm() > growth * held
+
+
 def test_compensate_leaves_its_inputs_alone_so_each_client_keeps_its_own_residual() -> None:
     update, residual = noise(50), noise(50, seed=1)
     before = update.clone(), residual.clone()

@@ -53,7 +53,7 @@ class TopK(Codec):
         return bound
 
     def limit(self, size: int) -> int:
-        """A bitmap is never beaten by more than it takes."""
+        """The count, a bitmap (no other way to give positions is chosen when it is longer), and the values."""
         return 6 + -(-size // 8) + self.inner.limit(self._most(size))
 
     def _most(self, size: int) -> int:
