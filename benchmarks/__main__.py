@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 
-from benchmarks import harness, rounds
+from benchmarks import compress, harness, rounds
 
 BENCHMARKS = {
     "speed": rounds.speed,
@@ -18,6 +18,11 @@ BENCHMARKS = {
     "growth": rounds.growth,
     "mcmahan": rounds.mcmahan,
     "import": rounds.import_time,
+    "answer": compress.answer,
+    "latency": compress.latency,
+    "small": compress.small,
+    "masks": compress.masks,
+    "qat": compress.qat,
 }
 
 

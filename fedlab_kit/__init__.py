@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 from fedlab_kit.catalog import dataset, model
 from fedlab_kit.data import Dataset, Preprocess, Split
 from fedlab_kit.deployment.artifact import Artifact, compress
+from fedlab_kit.deployment.fleet import choose
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import rounds
 from fedlab_kit.lab.exercises import check
 from fedlab_kit.runs import Run, find, history, train
+from fedlab_kit.sweep import sweep
 from fedlab_kit.wire import Codec, codec
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ __all__ = [
     "Run",
     "Split",
     "check",
+    "choose",
     "codec",
     "compress",
     "dataset",
@@ -34,6 +37,7 @@ __all__ = [
     "history",
     "model",
     "rounds",
+    "sweep",
     "train",
 ]
 
