@@ -22,6 +22,7 @@ GROUPS = {
     "training": "training",
     "rounds": "compression while training",
     "wire": "the wire",
+    "privacy": "privacy",
     "compress": "compression of the trained model",
 }
 STYLE = """<style>
@@ -205,7 +206,7 @@ class Controls:
         for name, control in self._controls.items():
             if name not in without:
                 grouped.setdefault(control.extra["group"], []).append(control)
-        return [fold(GROUPS[group], controls) for group, controls in grouped.items()]
+        return [fold(GROUPS.get(group, group), controls) for group, controls in grouped.items()]
 
 
 def validate(settings: Settings, values: dict[str, Any]) -> tuple[Settings, dict[str, str]]:

@@ -40,6 +40,15 @@ def type_into(bench: Locator, name: str, value: str) -> None:
     field.press("Enter")
 
 
+def settled(field: Locator) -> str:
+    """The field's value once the last message of a drag has come through the kernel."""
+    seen = [""]
+    while len(seen) < 6 or len(set(seen[-5:])) > 1:
+        seen.append(field.input_value())
+        field.page.wait_for_timeout(200)
+    return seen[-1]
+
+
 def test_change_a_slider_run_and_see_the_curve_grow(bench, lab_page):
     alpha = bench.get_by_role("spinbutton", name="Alpha")
     thumb = bench.locator(".fedlab-slider .noUi-handle").first
@@ -94,8 +103,7 @@ def test_the_mouse_drags_a_slider_and_a_typed_value_stays(bench, lab_page):
     lab_page.page.mouse.down()
     lab_page.page.mouse.move(x - 25, y, steps=5)
     lab_page.page.mouse.up()
-    expect(rate).not_to_have_value("0.1")
-    assert 0.005 < float(rate.input_value()) < 0.09
+    assert 0.01 < float(settled(rate)) < 0.09
     type_into(bench, "Learning rate", "0.137")
     lab_page.page.wait_for_timeout(500)
     expect(rate).to_have_value("0.137")
