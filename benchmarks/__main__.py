@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 
-from benchmarks import compress, harness, rounds
+from benchmarks import compress, harness, rounds, wire
 
 BENCHMARKS = {
     "speed": rounds.speed,
@@ -23,6 +23,8 @@ BENCHMARKS = {
     "small": compress.small,
     "masks": compress.masks,
     "qat": compress.qat,
+    "wire": wire.bytes_to_target,
+    "codecs": wire.cost,
 }
 
 

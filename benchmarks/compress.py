@@ -20,7 +20,9 @@ INT8 = fk.Recipe(dtype="int8", quantization="static")
 def small() -> list[Row]:
     """Test accuracy and size of the fp32 file and of its small sibling, 3 seeds; losses are paired by seed."""
     mnist()
-    jobs = [("benchmarks.compress:shrink", {"model": m, "seed": s}) for m in ("resnet", "cnn", "student") for s in SEEDS]
+    jobs = [
+        ("benchmarks.compress:shrink", {"model": m, "seed": s}) for m in ("resnet", "cnn", "student") for s in SEEDS
+    ]
     rows = parallel(jobs)
     return [*rows, *(_mean(model, [r for r in rows if r["model"] == model]) for model in ("resnet", "cnn", "student"))]
 
@@ -197,6 +199,8 @@ def _compare(model: str, dtype: str, rows: list[Row]) -> Row:
     return {
         "model": model,
         "dtype": dtype,
-        **{f"{name} %": round(100 * mean(row[name] for row in rows), 2) for name in ("float", "post-training", "aware")},
+        **{
+            f"{name} %": round(100 * mean(row[name] for row in rows), 2) for name in ("float", "post-training", "aware")
+        },
         "gain in points": f"{mean(gains):+.2f} ± {stdev(gains):.2f}",
     }

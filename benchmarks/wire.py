@@ -20,10 +20,20 @@ JOB = fk.Experiment(dataset="mnist", model="2nn", clients=100, partition="iid", 
 
 CODECS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "int8": {"uplink": "int8", "downlink": "int8"},
-    "stc 1/25 up": {"uplink": "stc", "uplink_keep": 0.04, "rounding": "nearest"},
-    "stc 1/100 up, 1/25 down": {"uplink": "stc", "uplink_keep": 0.01, "downlink": "stc", "downlink_keep": 0.04},
+    "int8 both ways": {"uplink": "int8", "downlink": "int8"},
+    "stc 1/25 up": {"uplink": "stc", "uplink_keep": 0.04, "server_lr": 2.0},
+    "stc 1/25 up, int4 down": {
+        "uplink": "stc",
+        "uplink_keep": 0.04,
+        "server_lr": 2.0,
+        "downlink": "int4",
+        "rounding": "nearest",
+        "bucket": 200_000,
+        "zstd": True,
+    },
 }
+"""The sparse uplink sends the largest entries alone, and the server steps twice as far (server_lr 2, which does not
+help fp32: 44 rounds instead of 34 with seed 0)."""
 
 
 def bytes_to_target() -> list[Row]:

@@ -88,6 +88,11 @@ class Run:
         return sum(record.downlink_bytes for record in self.records)
 
     @property
+    def client_bytes(self) -> int:
+        """Bytes on disk of what clients keep between rounds: residuals, control variates, masks, copies."""
+        return sum(file.stat().st_size for file in (self.path / "clients").glob("*.safetensors"))
+
+    @property
     def dataset(self) -> Dataset:
         """The data the run was trained on."""
         return load(self.experiment.dataset)

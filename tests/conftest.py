@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from worlds import register
 
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
+settings.register_profile("kit", deadline=None, derandomize=True)  # deterministic and never timed
+settings.load_profile("kit")
 register()
 
 

@@ -297,8 +297,22 @@ def test_every_uplink_codec_trains_and_is_counted(name, zstd):
     for _, record, _clients in history:
         assert 0 < record.uplink_bytes < 0.55 * 4 * whole
         assert not record.refused
-    assert set(history[-1][2]) == {client for _, record, _ in history for client in record.cohort}
+    seen = {client for _, record, _ in history for client in record.cohort}
+    biased = name in ("topk", "stc")
+    assert set(history[-1][2]) == (seen if biased else set())
     assert all(set(memory) == {"residual"} for memory in history[-1][2].values())
+
+
+def test_nearest_rounding_is_biased_and_keeps_what_it_lost():
+    _, _, clients = play(SMALL.replace(uplink="ternary", rounding="nearest", rounds=2))[-1]
+    assert clients and all(memory["residual"].any() for memory in clients.values())
+
+
+def test_what_clients_keep_on_disk_is_reported_apart():
+    run = fk.train(SMALL.replace(uplink="stc", rounds=2))
+    clients = {client for record in run.records for client in record.cohort}
+    assert run.client_bytes >= len(clients) * 4 * task(SMALL).model.layout.size
+    assert fk.train(SMALL.replace(rounds=2)).client_bytes == 0
 
 
 def test_residual_is_what_the_codec_lost_and_waits_for_its_client():
