@@ -20,5 +20,5 @@ fi
 echo "Starting JupyterLab on notebooks/00_start_here.ipynb; its URL follows. Ctrl-C, twice, stops it."
 # tools/jupyter holds the settings: no pop-up asks for news.
 export JUPYTER_CONFIG_PATH="$PWD/tools/jupyter${JUPYTER_CONFIG_PATH:+:$JUPYTER_CONFIG_PATH}"
-exec "$python" -W ignore -m jupyter lab "$@" --log-level=WARN --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$PWD" \
+exec "$python" -m jupyterlab "$@" --log-level=WARN --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$PWD" \
     --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
