@@ -1,0 +1,87 @@
+"""Every exercise: right, wrong and empty answers, and the solutions that are folded into the notebooks."""
+
+import ast
+import re
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from fedlab_kit.lab import exercises
+from fedlab_kit.lab.exercises import check
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+SOLUTION = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
+CHECK = re.compile(r'fk\.check\("(\d\d-\d)", ')
+
+ANSWERS = [import_module(path.stem) for path in sorted(Path(__file__).parent.glob("answers_*.py"))]
+RIGHT = {name: answers for module in ANSWERS for name, answers in module.RIGHT.items()}
+WRONG = {name: cases for module in ANSWERS for name, cases in module.WRONG.items()}
+EMPTY = [None, ..., "", [], ()]
+
+
+def test_every_exercise_is_tried_here():
+    with pytest.raises(ValueError, match=r"^exercise must be one of 00-1, 01-1, .*, got '99-1'$"):
+        check("99-1", 1)
+    assert set(RIGHT) == set(WRONG) == set(exercises._GRADES)
+
+
+@pytest.mark.parametrize(("name", "answer"), [(name, a) for name, answers in RIGHT.items() for a in answers])
+def test_a_right_answer_is_confirmed_in_the_same_words_each_time(name, answer, capsys):
+    assert check(name, answer) is True
+    said = capsys.readouterr().out
+    assert said.startswith(f"{name}: right. ") and said.count("\n") == 1
+    check(name, answer)
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "hint"), [(name, *case) for name, answers in WRONG.items() for case in answers]
+)
+def test_a_wrong_or_malformed_answer_gets_the_hint_that_fits(name, answer, hint, capsys):
+    assert check(name, answer) is False
+    said = capsys.readouterr().out
+    assert said.startswith(f"{name}: not yet. ") and said.count("\n") == 1
+    assert hint in said
+
+
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("answer", EMPTY, ids=repr)
+def test_an_empty_answer_is_told_what_to_do(name, answer, capsys):
+    assert check(name, answer) is False
+    assert capsys.readouterr().out.startswith(f"{name}: no answer yet. ")
+
+
+def exercise_cells() -> list:
+    """One case for each check in a notebook: its setup cell, its cell, and the markdown just before it."""
+    cases = []
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, as_version=4).cells
+        setup = next(cell.source for cell in cells if cell.cell_type == "code")
+        for before, cell in pairwise(cells):
+            if name := CHECK.search(cell.source) if cell.cell_type == "code" else None:
+                cases.append(pytest.param(setup, before, cell, id=name[1]))
+    return cases
+
+
+def test_every_exercise_of_a_notebook_stands_in_it_once():
+    numbers = tuple(path.stem[:2] for path in NOTEBOOKS)
+    assert sorted(case.id for case in exercise_cells()) == sorted(name for name in RIGHT if name.startswith(numbers))
+
+
+@pytest.mark.parametrize(("setup", "before", "cell"), exercise_cells())
+def test_the_folded_solution_is_right_and_needs_only_the_first_cell(setup, before, cell, capsys):
+    (solution,) = SOLUTION.findall(before.source)
+    asked = ast.unparse(ast.parse(cell.source).body[-1])
+    names: dict = {}
+    exec(setup, names)
+    exec(solution, names)
+    assert eval(asked, names) is True, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("setup", "before", "cell"), exercise_cells())
+def test_the_cell_as_it_is_handed_out_has_no_answer(setup, before, cell):
+    said = "".join(output.get("text", "") for output in cell.outputs)
+    assert "no answer yet" in said or "returns nothing yet" in said
