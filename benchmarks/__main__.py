@@ -24,6 +24,7 @@ BENCHMARKS = {
     "masks": compress.masks,
     "qat": compress.qat,
     "wire": wire.bytes_to_target,
+    "synthetic": wire.synthetic,
     "codecs": wire.cost,
 }
 
