@@ -32,7 +32,7 @@ def dataset(target: Function | str) -> Any:
 
 
 def lookup(kind: str, name: str) -> Callable[..., Any]:
-    """The registered function of a `kind` ("model" or "dataset"); ValueError lists the names that exist."""
+    """Return the registered function of a `kind` ("model" or "dataset"); ValueError lists the names that exist."""
     table = _TABLES[kind]
     if name not in table:
         raise ValueError(f"{kind} must be one of {', '.join(sorted(table))}, got {name!r}")
@@ -40,7 +40,10 @@ def lookup(kind: str, name: str) -> Callable[..., Any]:
 
 
 def source(function: Callable[..., Any]) -> str:
-    """The source text of a registered function: part of what identifies a run. ValueError where Python has none."""
+    """Return the source text of a registered function, which is part of what identifies a run.
+
+    Raises ValueError where Python does not have it.
+    """
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):

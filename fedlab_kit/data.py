@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.catalog import dataset, lookup
-from fedlab_kit.download import FASHION_MNIST, MNIST, Source, fetch, read_idx
+from fedlab_kit.download import FASHION_MNIST, MNIST, DataError, Source, fetch, read_idx
 
 DIGITS = tuple("0123456789")
 GARMENTS = (
@@ -61,22 +60,24 @@ class Preprocess:
     mean: float | tuple[float, ...]
     std: float | tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if not (torch.as_tensor(self.std) > 0).all():
+            raise ValueError(f"std must be above 0, got {self.std}")
+
     def __call__(self, raw: Tensor) -> Tensor:
-        mean, std = (
-            torch.as_tensor(value, dtype=torch.float32, device=raw.device) for value in (self.mean, self.std)
-        )
+        """[n, ...] uint8 or float32 -> a new float32 tensor of the same shape."""
+        mean, std = (torch.as_tensor(value, dtype=torch.float32, device=raw.device) for value in (self.mean, self.std))
         return raw.to(torch.float32, copy=True).sub_(mean).div_(std)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The constants as JSON values."""
-        return json.loads(json.dumps({"mean": self.mean, "std": self.std}))
+    def to_dict(self) -> dict[str, float | list[float]]:
+        """Return the constants as JSON values."""
+        values = {"mean": self.mean, "std": self.std}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocess:
-        """The inverse of `to_dict`."""
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+        """Return the inverse of `to_dict`."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Dataset:
     """A classification task: four splits, what the labels and sites are called, and how raw values are prepared.
 
     `train` is what the clients share out, `validation` feeds every curve and plot, `public` is unlabelled data that
-    the server may use, `test` is opened by exports and benchmark tables only. Raises ValueError when the tensors do not fit
-    together.
+    the server may use, `test` is opened by exports and benchmark tables only. Raises ValueError when the tensors do
+    not fit together.
     """
 
     name: str
@@ -99,22 +100,8 @@ class Dataset:
 
     def __post_init__(self) -> None:
         for name in SPLITS:
-            self._check(name, getattr(self, name))
-
-    def _check(self, name: str, split: Split) -> None:
-        where = f"dataset {self.name!r}, split {name}"
-        if split.x.dtype not in (torch.uint8, torch.float32) or split.y.dtype != torch.int64:
-            raise ValueError(
-                f"{where}: x must be uint8 or float32 and y int64, got {split.x.dtype} and {split.y.dtype}"
-            )
-        if len(split.x) != len(split.y) or split.x.shape[1:] != self.train.x.shape[1:]:
-            raise ValueError(
-                f"{where}: x must be [{len(split.y)}, {', '.join(map(str, self.shape))}], got {list(split.x.shape)}"
-            )
-        if len(split) and not 0 <= int(split.y.min()) <= int(split.y.max()) < len(self.classes):
-            raise ValueError(
-                f"{where}: labels must be 0 to {len(self.classes) - 1}, got {int(split.y.min())} to {int(split.y.max())}"
-            )
+            for problem in _problems(self, getattr(self, name)):
+                raise ValueError(f"dataset {self.name!r}, split {name}: {problem}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,19 +110,33 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything: names, preprocessing, and each tensor's type, shape and bytes."""
+        """SHA-256 (hex) over everything: names, preprocessing, and each tensor's type, shape and bytes."""
         digest = hashlib.sha256(repr((self.name, self.classes, self.sites, self.preprocess)).encode())
         for name in SPLITS:
             split: Split = getattr(self, name)
-            for tensor in (split.x, split.y, split.site):
+            for part, tensor in (("x", split.x), ("y", split.y), ("site", split.site)):
                 if tensor is not None:
-                    digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-                    digest.update(tensor.contiguous().numpy())
+                    digest.update(repr((name, part, tensor.dtype, tuple(tensor.shape))).encode())
+                    digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
 
+def _problems(dataset: Dataset, split: Split) -> Iterator[str]:
+    """Say what does not fit, most basic first."""
+    x, y, site = split.x, split.y, split.site
+    if x.dtype not in (torch.uint8, torch.float32) or y.dtype != torch.int64:
+        yield f"x must be uint8 or float32 and y int64, got {x.dtype} and {y.dtype}"
+    if tuple(x.shape) != (len(y), *dataset.shape):
+        yield f"x must be {[len(y), *dataset.shape]} for {len(y)} labels, got {list(x.shape)}"
+    if bool(dataset.sites) != (site is not None):
+        yield f"site must be given if and only if the dataset has sites, which are {dataset.sites}"
+    for what, values, names in (("labels", y, dataset.classes), ("sites", site, dataset.sites)):
+        if values is not None and len(values) and not 0 <= int(values.min()) <= int(values.max()) < len(names):
+            yield f"{what} must be 0 to {len(names) - 1}, got {int(values.min())} to {int(values.max())}"
+
+
 def load(name: str) -> Dataset:
-    """The registered data set of that name, built once per process. ValueError lists the names that exist."""
+    """Return the registered data set of that name, built once per process. ValueError lists the names that exist."""
     return _build(lookup("dataset", name))
 
 
@@ -157,13 +158,12 @@ def digits() -> Dataset:
     """
     small, labels = _bundled_digits()
     rng = np.random.default_rng(1797)
-    order = rng.permutation(len(labels))
-    parts = np.split(order, [1000, 1197, 1297])
+    parts = np.split(rng.permutation(len(labels)), [1000, 1197, 1297])
     parts[0] = np.tile(parts[0], 2)
     train, validation, public, test = (
         Split(torch.from_numpy(_views(small[part], rng)), torch.from_numpy(labels[part])) for part in parts
     )
-    return Dataset("digits", DIGITS, train, validation, public, test, Preprocess(mean=40.0, std=75.0))
+    return Dataset("digits", DIGITS, train, validation, public, test, Preprocess(mean=49.74, std=73.88))
 
 
 @dataset
@@ -185,37 +185,46 @@ def images(
     validation: int = 5000,
     public: int = 1000,
 ) -> Dataset:
-    """A published set of four idx files; validation and public samples are drawn from its training split."""
-    x, labels, test_x, test_labels = (
+    """Read a published set of four idx files; validation and public samples are drawn from its training images.
+
+    Raises DataError when a file cannot be had, is damaged, or holds another number of labels than of images.
+    """
+    train_x, train_y, test_x, test_y = (
         torch.from_numpy(read_idx(fetch(source, file), dimensions))
         for file, dimensions in zip(source.md5, (3, 1, 3, 1), strict=True)
     )
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
-    x, y = x.unsqueeze(1), labels.long()
-    parts = order.split([len(order) - validation - public, validation, public])
-    splits = [Split(x[part], y[part]) for part in parts]
-    return Dataset(source.name, classes, *splits, Split(test_x.unsqueeze(1), test_labels.long()), preprocess)
+    for x, y in ((train_x, train_y), (test_x, test_y)):
+        if len(x) != len(y):
+            raise DataError(f"{source.name} must have a label for each of its {len(x)} images, found {len(y)} labels")
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(train_y)))
+    train, held_out, shared = (
+        Split(train_x[part].unsqueeze(1), train_y[part].long())
+        for part in order.split([len(order) - validation - public, validation, public])
+    )
+    test = Split(test_x.unsqueeze(1), test_y.long())
+    return Dataset(source.name, classes, train, held_out, shared, test, preprocess)
 
 
 def _bundled_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [1797, 8, 8] of values 0 to 16 and labels int64 [1797], from the file inside scikit-learn.
+    """Read images uint8 [1797, 8, 8] of values 0 to 16 and labels int64 [1797] from the file inside scikit-learn.
 
-    Read without importing scikit-learn, which takes a second.
+    scikit-learn itself is not imported: that takes a second.
     """
     package = find_spec("sklearn")
     if package is None or package.origin is None:
         raise ValueError("dataset 'digits' needs scikit-learn: pip install scikit-learn")
-    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
     return table[:, :64].reshape(-1, 8, 8), table[:, 64].astype(np.int64)
 
 
-def _views(small: np.ndarray, rng: np.random.Generator, size: int = 20, noise: int = 40) -> np.ndarray:
-    """uint8 [n, 1, 28, 28]: each image enlarged to size x size, at a random offset, with triangular noise."""
+def _views(small: np.ndarray, rng: np.random.Generator, size: int = 22, noise: int = 10) -> np.ndarray:
+    """Draw each image size x size pixels large, up to two off the centre, with noise: uint8 [n, 1, 28, 28]."""
     weights = _bilinear(8, size)
     large = weights @ small.astype(np.int64) @ weights.T * 255 // (16 * (2 * size) ** 2)
     canvas = np.zeros((len(small), 28, 28), np.int64)
-    rows, columns = rng.integers(0, 28 - size + 1, (2, len(small)))
+    rows, columns = (28 - size) // 2 + rng.integers(-2, 3, (2, len(small)))
     for image, digit, row, column in zip(canvas, large, rows, columns, strict=True):
         image[row : row + size, column : column + size] = digit
     canvas += rng.integers(-noise, noise + 1, (2, *canvas.shape)).sum(0)
@@ -223,7 +232,7 @@ def _views(small: np.ndarray, rng: np.random.Generator, size: int = 20, noise: i
 
 
 def _bilinear(small: int, large: int) -> np.ndarray:
-    """Weights int64 [large, small] of bilinear interpolation; each row sums to 2 * large, so that all are whole."""
+    """Return bilinear interpolation as whole weights: int64 [large, small], where each row sums to 2 * large."""
     position = ((2 * np.arange(large) + 1) * small - large).clip(0, 2 * large * (small - 1))
     left, share = np.divmod(position, 2 * large)
     weights = np.zeros((large, small + 1), np.int64)

@@ -61,20 +61,21 @@ FASHION_MNIST = Source(
 
 
 def fetch(source: Source, file: str) -> Path:
-    """The path of one of the source's files, its digest checked.
+    """Return the path of one of the source's files, its digest checked.
 
-    The file is `$FEDLAB_DATA/<name>/<file>` if it is there, else the project's `data/cache/<name>/<file>`, downloaded by
-    pooch (which writes beside it and renames when the digest is right). Raises DataError when the digest differs or
+    That is `$FEDLAB_DATA/<name>/<file>` if it is there, else the project's `data/cache/<name>/<file>`, which pooch
+    downloads once (beside its place, renamed when the digest is right). Raises DataError when the digest differs or
     no mirror answers.
     """
-    local = _local_folder() / source.name / file if _local_folder() else None
-    if local and local.exists():
+    folder = os.environ.get("FEDLAB_DATA")
+    local = ROOT / folder / source.name / file if folder else None
+    if local is not None and local.exists():
         return _checked(local, source.md5[file])
     return _download(source, file)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """A gzip-compressed idx file of unsigned bytes as an array with that number of dimensions.
+    """Read a gzip-compressed idx file of unsigned bytes as an array with that number of dimensions.
 
     Strict about the magic number, the sizes in the header and the length; DataError says what was found.
     (The format: LeCun, Cortes and Burges, the MNIST database.)
@@ -91,15 +92,8 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     if found != magic:
         raise DataError(f"{path} must begin with the idx magic number {magic}, found {found}")
     if len(content) - header != math.prod(shape):
-        raise DataError(
-            f"{path} must hold {math.prod(shape)} values for {shape}, found {len(content) - header}"
-        )
+        raise DataError(f"{path} must hold {math.prod(shape)} values for {shape}, found {len(content) - header}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
-
-
-def _local_folder() -> Path | None:
-    folder = os.environ.get("FEDLAB_DATA")
-    return ROOT / folder if folder else None
 
 
 def _checked(path: Path, md5: str) -> Path:

@@ -12,7 +12,7 @@ SCHEMES = ("iid", "dirichlet", "shards", "site")
 
 
 def partition(dataset: Dataset, scheme: str, clients: int, alpha: float, seed: int) -> list[Tensor]:
-    """One int64 index tensor into `dataset.train` per client: every sample is used once, no client is empty.
+    """Return an int64 index tensor into `dataset.train` per client: each sample is used once, no client is empty.
 
     `iid`: shuffled, equal sizes. `dirichlet`: each class is shared out by proportions drawn from Dirichlet(alpha)
     (Hsu, Qi and Brown, 2019); a client that got nothing takes one sample from the largest. `shards`: sorted by label
@@ -30,7 +30,7 @@ def partition(dataset: Dataset, scheme: str, clients: int, alpha: float, seed: i
 
 
 def label_counts(labels: Tensor, shards: list[Tensor], classes: int) -> Tensor:
-    """How many samples of each class each client holds: int64 [clients, classes]."""
+    """Count the samples of each class that each client holds: int64 [clients, classes]."""
     client = torch.arange(len(shards)).repeat_interleave(torch.tensor([len(shard) for shard in shards]))
     cells = client * classes + labels[torch.cat(shards)]
     return torch.bincount(cells, minlength=len(shards) * classes).view(len(shards), classes)
@@ -75,11 +75,12 @@ def _shards(dataset: Dataset, clients: int, alpha: float, rng: np.random.Generat
 
 
 def _site(dataset: Dataset, clients: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
-    if dataset.train.site is None or len(set(dataset.train.site.tolist())) != clients:
-        raise ValueError(
-            f"dataset {dataset.name!r} must have training samples of each of its {clients} sites"
-        )
-    return dataset.train.site.numpy()
+    assert dataset.train.site is not None  # a Dataset with sites has them
+    owner = dataset.train.site.numpy()
+    for client, size in enumerate(np.bincount(owner, minlength=clients)):
+        if size == 0:
+            raise ValueError(f"dataset {dataset.name!r}: site {dataset.sites[client]!r} has no training samples")
+    return owner
 
 
 def _without_empty(shards: list[np.ndarray]) -> list[np.ndarray]:
