@@ -50,7 +50,7 @@ install_torch() {
 install_project() {
     say "installing fedlab-kit$extras and what it needs, in the versions of constraints.txt: a minute or two"
     # Named by its full version (2.13.0+cpu), the torch that is there cannot be exchanged for one with CUDA.
-    torch=$(in_venv pip freeze 2>/dev/null | grep '^torch==')
+    torch=torch==$(in_venv pip show torch 2>/dev/null | sed -n 's/^Version: //p')
     in_venv pip install --quiet --disable-pip-version-check -c constraints.txt "$torch" -e ".$extras" || stop "$remedy"
 }
 
