@@ -24,15 +24,15 @@ def bench():
 
 def shown(bench: Bench) -> str:
     """The status as it stands on the screen."""
-    return re.search('role="status"[^>]*>(.*)</div>', bench._status.value).group(1)
+    return re.search('role="status"[^>]*>(.*)</div>', bench.screen.train_status.value).group(1)
 
 
 def alt(bench: Bench) -> str:
-    return re.search('<img alt="([^"]*)"', bench._figure.value).group(1)
+    return re.search('<img alt="([^"]*)"', bench.screen.curve.value).group(1)
 
 
 def buttons(bench: Bench) -> dict[str, widgets.Button]:
-    return {button.description: button for button in (bench._run, bench._stop, bench._seed)}
+    return {button.description: button for button in (bench.screen.run, bench.screen.stop, bench.screen.seed)}
 
 
 def under_way(bench: Bench) -> Bench:
@@ -61,16 +61,16 @@ def test_run_to_the_end_draws_the_last_round_and_frees_the_buttons(bench):
 
 
 def test_the_buttons_do_what_they_say(bench):
-    bench._run.click()
+    bench.screen.run.click()
     assert bench.wait(60) and len(bench.runs) == 1
-    bench._seed.click()
+    bench.screen.seed.click()
     assert bench.wait(60) and bench.runs[-1].experiment == TINY.replace(seed=8)
 
 
 def test_the_curve_grows_during_a_run_and_stop_keeps_what_was_made(bench):
     under_way(bench)
     assert buttons(bench)["Run"].disabled and not buttons(bench)["Stop"].disabled
-    bench._stop.click()
+    bench.screen.stop.click()
     assert bench.wait(5)
     rounds = len(bench.session.records)
     assert shown(bench).startswith(f"Stopped after round {rounds} of 100000")
@@ -131,18 +131,21 @@ def test_divergence_is_shown_with_a_clear_word():
 def test_what_is_out_of_date_is_said(bench):
     bench.run(block=True)
     bench.controls["alpha"].value = 5.0
-    assert "Changed since the bold curve: alpha 5.0. Press Run." in bench._hint.value
+    assert "Changed since the bold curve: alpha 5.0. Press Run." in bench.screen.hint.value
     bench.run(block=True)
-    assert "Changed" not in bench._hint.value
+    assert "Changed" not in bench.screen.hint.value
 
 
 def test_the_first_screen_holds_the_chosen_controls_and_nothing_twice():
-    bench = Bench(controls=["rounds", "dropout"])
-    left = bench.widget.children[1].children[0].children
-    assert left[:2] == (bench.controls["rounds"].widget, bench.controls["dropout"].widget)
-    folded = [row for group in left if isinstance(group, widgets.VBox) and isinstance(group.children[0], widgets.Button)
-              for row in group.children[1].children]  # fmt: skip
-    assert bench.controls["rounds"].widget not in folded and bench.controls["alpha"].widget in folded
+    bench = Bench(controls=["rounds", "dtype", "dropout"])
+    _, knobs, _, folded = bench.screen.widget.children
+    train, compress = (side.children for side in knobs.children)
+    assert train[1:3] == (bench.controls["rounds"].widget, bench.controls["dropout"].widget)
+    assert compress[1] is bench.controls["dtype"].widget
+    hidden = [row for side in folded.children for group in side.children
+              if isinstance(group, widgets.VBox) for row in group.children[1].children]  # fmt: skip
+    assert bench.controls["rounds"].widget not in hidden and bench.controls["dtype"].widget not in hidden
+    assert bench.controls["alpha"].widget in hidden and bench.controls["prune_ratio"].widget in hidden
 
 
 def test_an_unknown_control_is_refused():
@@ -155,15 +158,15 @@ def test_the_cell_output_is_the_view_and_one_constant_line(bench):
     bench.run(block=True)
     assert bench._repr_mimebundle_() == before
     assert before["text/plain"] == TEXT and "\n" not in TEXT
-    assert before["application/vnd.jupyter.widget-view+json"]["model_id"] == bench.widget.model_id
+    assert before["application/vnd.jupyter.widget-view+json"]["model_id"] == bench.screen.widget.model_id
 
 
 def test_nothing_is_drawn_twice(bench):
     bench.run(block=True)
-    drawn = bench._figure.value
-    bench._figure.value = "as it was"
+    drawn = bench.screen.curve.value
+    bench.screen.curve.value = "as it was"
     bench.refresh()
-    assert drawn and bench._figure.value == "as it was"
+    assert drawn and bench.screen.curve.value == "as it was"
 
 
 def test_the_package_imports_no_widget_and_no_plot():

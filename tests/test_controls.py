@@ -7,7 +7,8 @@ import pytest
 
 from fedlab_kit.catalog import MODELS
 from fedlab_kit.experiment import Experiment, Recipe, Settings, knob
-from fedlab_kit.lab.controls import Controls, Number, fields_with_control, fold, validate
+from fedlab_kit.lab.control import Number, fields_with_control
+from fedlab_kit.lab.controls import Controls, fold, validate
 
 
 def controls(**changes: object) -> Controls:
@@ -22,7 +23,7 @@ def test_every_field_has_a_named_control_with_help(owner):
         assert control.field.description == info.title
         assert info.description in control.field.tooltip and "Allowed:" in control.field.tooltip
         assert control.value == info.default
-    assert made.settings == owner() and made.errors == {}
+    assert made.settings(owner) == owner() and made.errors == {}
 
 
 def test_only_widgets_with_an_accessible_name_take_the_keyboard():
@@ -65,7 +66,7 @@ def test_a_value_beyond_the_slider_is_kept():
     made = controls()
     made["alpha"].value = 500.0
     assert made["alpha"].value == 500 and made["alpha"].slider.value == pytest.approx(100)
-    assert made.settings.alpha == 500 and made.errors == {}
+    assert made.settings(Experiment).alpha == 500 and made.errors == {}
 
 
 @pytest.mark.parametrize(("name", "typed", "rounded"), [("alpha", 0.8, 10**-0.1), ("dropout", 0.52, 0.5)])
@@ -99,10 +100,10 @@ def test_a_wrong_value_is_answered_beside_its_control_and_taken_back_when_mended
         '<div role="alert" class="fedlab-error">lr must be above 0 and at most 10, got -3.0</div>'
     )
     assert made["lr"].note.layout.display != "none" and "fedlab-wrong" in made["lr"].field._dom_classes
-    assert made.settings.lr == 0.1
+    assert made.settings(Experiment).lr == 0.1
     made["lr"].value = 0.2
     assert made["lr"].note.layout.display == "none" and "fedlab-wrong" not in made["lr"].field._dom_classes
-    assert made.settings.lr == 0.2 and made.errors == {}
+    assert made.settings(Experiment).lr == 0.2 and made.errors == {}
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
@@ -117,7 +118,7 @@ def test_each_of_two_wrong_values_has_its_own_message():
     made["lr"].value, made["rounds"].value = -1.0, 0
     assert set(made.errors) == {"lr", "rounds"}
     made["rounds"].value = 5
-    assert set(made.errors) == {"lr"} and made.settings.rounds == 5
+    assert set(made.errors) == {"lr"} and made.settings(Experiment).rounds == 5
 
 
 def test_two_fields_that_do_not_fit_are_answered():
@@ -125,7 +126,8 @@ def test_two_fields_that_do_not_fit_are_answered():
     made["clients"].value = 5
     assert made.errors == {"clients_per_round": "clients_per_round must be at most clients (5), got 10"}
     made["clients_per_round"].value = 5
-    assert made.errors == {} and (made.settings.clients, made.settings.clients_per_round) == (5, 5)
+    settings = made.settings(Experiment)
+    assert made.errors == {} and (settings.clients, settings.clients_per_round) == (5, 5)
 
 
 def test_validate_keeps_what_is_right():
@@ -152,7 +154,7 @@ def test_a_wrong_value_stays_open_to_correction_when_its_field_loses_its_effect(
 def test_reset_goes_back_to_the_default():
     made = controls(lr=0.5)
     made["lr"].reset()
-    assert made.settings == Experiment()
+    assert made.settings(Experiment) == Experiment()
 
 
 def test_an_error_of_the_run_is_shown_beside_the_field_it_names():
@@ -165,7 +167,7 @@ def test_an_error_of_the_run_is_shown_beside_the_field_it_names():
 
 def test_changes_are_told_after_they_were_validated():
     made, seen = controls(), []
-    made.changed = lambda: seen.append(made.settings.rounds)
+    made.changed = lambda owner: seen.append(made.settings(Experiment).rounds)
     made["rounds"].value = 9
     assert seen == [9]
 
@@ -177,9 +179,9 @@ def test_an_unknown_control_is_named():
 
 def test_groups_hold_every_other_field_once():
     made = controls()
-    titles = [group.children[0].description for group in made.groups(without=["lr"])]
+    titles = [group.children[0].description for group in made.groups(Experiment, without=["lr"])]
     assert titles[:2] == ["Show data and clients", "Show training"] and len(titles) == len(set(titles))
-    held = [row for group in made.groups(without=["lr"]) for row in group.children[1].children[:-1]]
+    held = [row for group in made.groups(Experiment, without=["lr"]) for row in group.children[1].children[:-1]]
     assert {id(row) for row in held} == {id(made[n].widget) for n in fields_with_control(Experiment) if n != "lr"}
 
 

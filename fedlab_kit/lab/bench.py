@@ -1,64 +1,94 @@
-"""The workbench: knobs, Run and Stop, a status in words and a live plot, in core ipywidgets alone.
+"""The workbench: knobs, Run and Stop, words on what is going on, and two plots, in core ipywidgets alone.
 
-The session does the work in a thread of its own and knows no widget; this view looks at it several times a second.
-So a callback never blocks (on which thread it runs depends on the kernel's version), drawing costs training little
-however fast the rounds come, and the last state is always drawn.
+Session and Compressor do the work in threads of their own and know no widget; this view looks at them several times
+a second. So a callback never blocks (on which thread it runs depends on the kernel's version), drawing costs training
+little however fast the rounds come, and the last state is always drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from time import perf_counter
 from typing import Any
 
-import ipywidgets as widgets
-
-from fedlab_kit.experiment import Experiment
+from fedlab_kit.deployment.artifact import Artifact
+from fedlab_kit.experiment import Experiment, Recipe, Settings
 from fedlab_kit.lab.canvas import to_html
-from fedlab_kit.lab.controls import STYLE, Controls, help_text
+from fedlab_kit.lab.compressor import DELAY, NO_RUN, Compressor
+from fedlab_kit.lab.controls import Controls
 from fedlab_kit.lab.curve import LiveCurve, accuracy_curve, describe_curve
+from fedlab_kit.lab.plots import accuracy_against, describe_points
+from fedlab_kit.lab.points import Row, table
+from fedlab_kit.lab.screen import Screen, status
 from fedlab_kit.lab.session import Session, difference
 from fedlab_kit.runs import Run
 
 TEXT = "fk.Bench: run this notebook to see and use the workbench."
-PAUSE = 0.1  # seconds between two looks at the session
+PAUSE = 0.1  # seconds between two looks at a run under way
 
 
 class Bench:
-    """A workbench for federated training: set the controls, press Run, look, and run again.
+    """A workbench: train with Run, compress while the slider is still warm, and see accuracy against size at once.
 
-    `experiment` is where the controls start, `controls` names the fields on the first screen; all others are folded
-    away below. Raises ValueError for a name that is not a field. Example: `fk.Bench(controls=["alpha", "lr"])`.
+    `experiment` and `recipe` are where the controls start, `controls` names the fields on the first screen; all
+    others are folded away below. Fields of the experiment take effect with Run; fields of the recipe are answered at
+    once by a file made from the last finished run. Raises ValueError for a name that is not a field.
+    Example: `fk.Bench(fk.Experiment(model="mlp"), controls=["prune_ratio", "dtype", "alpha"])`.
     """
 
     def __init__(
-        self, experiment: Experiment | None = None, *, controls: Sequence[str] = ("model", "alpha", "lr")
+        self,
+        experiment: Experiment | None = None,
+        recipe: Recipe | None = None,
+        controls: Sequence[str] = ("prune_ratio", "dtype", "temperature"),
     ) -> None:
-        self.session = Session()
-        self.controls = Controls(experiment or Experiment())
-        self._drawn: Any = None
+        self.controls = Controls(experiment or default_experiment(), recipe or Recipe())
+        self.session = Session(self._finished, self.controls.complain)
+        self.compressor = Compressor(lambda: self.busy, self.controls.complain)
+        self._shown = False
+        self._curve_drawn: Any = None
+        self._points_drawn: Any = None
         self._live: LiveCurve | None = None
+        self._live_of: Experiment | None = None
         self._drawing = Lock()
-        self._watcher: Thread | None = None
-        self._build([self.controls[name] for name in controls])
-        self.controls.changed = self._settings_changed
+        self._quiet = Event()
+        self._quiet.set()
+        actions = {name: getattr(self, name) for name in ("run", "stop", "new_seed", "pin", "hide", "undo")}
+        self.screen = Screen(self.controls, [self.controls[name] for name in controls], actions)
+        self.screen.axis.observe(lambda change: self.refresh(), "value")
+        self.controls.changed = self._changed
         self.refresh()
 
     @property
     def experiment(self) -> Experiment:
-        """What the controls say now; a field with a wrong value keeps its last right one."""
-        return self.controls.settings  # type: ignore[return-value]
+        """What the train controls say now; a field with a wrong value keeps its last right one."""
+        return self.controls.settings(Experiment)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the compress controls say now, likewise."""
+        return self.controls.settings(Recipe)
 
     @property
     def runs(self) -> list[Run]:
-        """The runs of this bench, oldest first."""
+        """The runs of this bench, oldest first; a teacher that was trained here comes before its student."""
         return self.session.runs
 
     @property
+    def points(self) -> list[Row]:
+        """The points on the plot, oldest first: settings and measurements by name, as `pandas.DataFrame` takes them."""
+        return self.compressor.points.rows()
+
+    @property
+    def artifact(self) -> Artifact | None:
+        """The artifact of the current point."""
+        return self.compressor.artifact
+
+    @property
     def status(self) -> str:
-        """What is going on, as the screen says it."""
+        """What is going on with the run, as the screen says it."""
         return self.session.status
 
     @property
@@ -67,16 +97,15 @@ class Bench:
         return self.session.busy
 
     def run(self, block: bool = False) -> None:
-        """Train what the controls say; with `block`, return when it has ended and been drawn.
+        """Train what the controls say, then measure it; with `block`, return when all of it has been drawn.
 
         A wrong value, or a run that is still under way, is answered in the status and starts nothing.
         """
-        if self.controls.errors:
-            self.session.refuse(f"Not started: {'; '.join(self.controls.errors.values())}.")
-        elif self.session.start(self.experiment):
-            self._watcher = Thread(target=self._watch, daemon=True)
-            self._watcher.start()
-        self.refresh()
+        if wrong := self.controls.wrong(Experiment):
+            self.session.refuse(f"Not started: {wrong}.")
+        else:
+            self.session.start(self.experiment)
+        self._follow()
         if block:
             self.wait()
 
@@ -91,78 +120,136 @@ class Bench:
             self.controls["seed"].value = self.experiment.seed + 1
         self.run(block)
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the run has ended and been drawn, at most `timeout` seconds; whether it has."""
-        if self._watcher is not None:
-            self._watcher.join(timeout)
-        return not self.busy
+    def compress(self, block: bool = False) -> None:
+        """Measure what the compress controls say on the last finished run; with `block`, return when it is drawn.
 
-    def refresh(self) -> None:
-        """Show the session's present state."""
-        with self._drawing:
-            busy, changed = self.busy, difference(self.experiment, self.session.experiment)
-            self._run.disabled = self._seed.disabled = busy
-            self._stop.disabled = not busy
-            self._status.value = (
-                f'<div class="fedlab-status" role="status" aria-live="polite">{escape(self.status)}</div>'
-            )
-            hint = f"Changed since the bold curve: {changed}. Press Run." if changed and not busy else ""
-            self._hint.value = f'<div class="fedlab-hint">{escape(hint)}</div>'
-            self._draw()
+        Controls that are moved do this by themselves.
+        """
+        self._measure()
+        self._follow()
+        if block:
+            self.wait()
 
-    def _settings_changed(self) -> None:
-        if not self.busy:
-            self.session.refuse("")
+    def pin(self, name: str = "") -> None:
+        """Name the current point, by what stands in the field if no name is given."""
+        if current := self.compressor.points.current:
+            self.compressor.points.pin(current.number, name or self.screen.name.value)
         self.refresh()
 
-    def _draw(self) -> None:
-        """Draw the curves, unless they are on the screen already: cheaply while a run is under way."""
-        session, records, earlier = self.session, self.session.records, self.session.curves()
-        now = (session.experiment, len(records), len(earlier), session.busy)
-        if self._drawn == now:
-            return
-        rounds = (session.experiment or self.experiment).rounds
-        alt = describe_curve(records, earlier, rounds)
-        if session.busy:
-            if self._live is None:
-                self._live = LiveCurve(earlier, rounds)
-            self._figure.value = self._live.to_html(records, alt)
+    def hide(self) -> None:
+        """Take the current point out of plot and table."""
+        if current := self.compressor.points.current:
+            self.compressor.points.hide(current.number)
+        self.refresh()
+
+    def undo(self) -> None:
+        """Take back the last `pin` or `hide`."""
+        self.compressor.points.undo()
+        self.refresh()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is going on and all has been drawn, at most `timeout` seconds; whether that is so."""
+        return self._quiet.wait(timeout)
+
+    def refresh(self) -> None:
+        """Show the present state."""
+        with self._drawing:
+            busy, screen = self.busy, self.screen
+            changed = difference(self.experiment, self.session.experiment)
+            screen.run.disabled = screen.seed.disabled = busy
+            screen.stop.disabled = not busy
+            hint = f"Changed since the bold curve: {changed}. Press Run." if changed and not busy else ""
+            screen.hint.value = f'<div class="fedlab-hint">{escape(hint)}</div>'
+            screen.train_status.value = status(self.status)
+            before = " A run is under way: the points are of those before it." if busy and self.points else ""
+            screen.compress_status.value = status(self.compressor.status + before)
+            self._draw_curve()
+            self._draw_points()
+
+    def _changed(self, owner: type[Settings]) -> None:
+        if owner is Recipe:
+            self._measure(DELAY)
+            self._follow()
         else:
-            self._live = None
-            self._figure.value = to_html(accuracy_curve(records, earlier, rounds), alt)
-        self._drawn = now
+            if not self.busy:
+                self.session.refuse("")
+            self.refresh()
+
+    def _measure(self, delay: float = 0.0) -> None:
+        finished = [run for run in self.runs if run.status == "finished"]
+        if wrong := self.controls.wrong(Recipe):
+            self.compressor.refuse(f"Not measured: {wrong}.")
+        elif finished:
+            self.compressor.ask(finished[-1], self.recipe, delay)
+        else:
+            self.compressor.refuse(NO_RUN)
+
+    def _finished(self, run: Run) -> None:
+        self.compressor.ask(run, self.recipe)
+
+    def _follow(self) -> None:
+        """Show what is going on until nothing is."""
+        self.refresh()
+        with self._drawing:
+            if self._quiet.is_set():
+                self._quiet.clear()
+                Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        """Look at the session until its worker has ended, and once more after that."""
         pause = PAUSE
-        while not self.session.wait(pause):
+        while True:
+            active = self.busy or self.compressor.busy
+            if self.busy:
+                self.session.wait(pause)
+            elif active:
+                self.compressor.watch(PAUSE)
             began = perf_counter()
             self.refresh()
             pause = max(PAUSE, 4 * (perf_counter() - began))  # a slow machine spends its time on training
-        self.refresh()
-        self.controls.complain(self.session.error)
+            with self._drawing:
+                if not (active or self.busy or self.compressor.busy):
+                    self._quiet.set()
+                    return
 
-    def _build(self, first: list[Any]) -> None:
-        self._run = _button("Run", "Train with these settings", "primary", self.run)
-        self._stop = _button("Stop", "End the run before its next batch", "", self.stop)
-        self._seed = _button("New seed", "Run again with other random choices", "", self.new_seed)
-        self._status, self._hint, self._figure = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        wrap = {"flex_flow": "row wrap"}
-        buttons = widgets.HBox([self._run, self._stop, self._seed], layout=wrap)
-        knobs = [*(control.widget for control in first), help_text(first), buttons, self._hint]
-        folded = self.controls.groups(without=[control.name for control in first])
-        left = widgets.VBox([*knobs, *folded], layout={"flex": "1 1 400px", "max_width": "420px"})
-        right = widgets.VBox([self._status, self._figure], layout={"flex": "1 1 440px", "min_width": "0"})
-        self.widget = widgets.VBox([widgets.HTML(STYLE), widgets.HBox([left, right], layout=wrap)])
+    def _draw_curve(self) -> None:
+        """Draw the curves, unless they are on the screen already: cheaply while a run is under way."""
+        session, records, earlier = self.session, self.session.records, self.session.curves()
+        now = (session.stage, len(records), len(earlier), session.busy)
+        if self._curve_drawn == now:
+            return
+        rounds = (session.stage or self.experiment).rounds
+        alt = describe_curve(records, earlier, rounds)
+        if session.busy:
+            if self._live is None or self._live_of != session.stage:
+                self._live, self._live_of = LiveCurve(earlier, rounds), session.stage
+            self.screen.curve.value = self._live.to_html(records, alt)
+        else:
+            self._live = None
+            self.screen.curve.value = to_html(accuracy_curve(records, earlier, rounds), alt)
+        self._curve_drawn = now
+
+    def _draw_points(self) -> None:
+        """Draw the points, unless they are on the screen already."""
+        points, axis = self.compressor.points, self.screen.axis.value
+        now = (points.all, points.current, points.names, points.hidden, axis)
+        if self._points_drawn == now:
+            return
+        rows, number = points.rows(), points.current.number if points.current else None
+        current = next((index for index, row in enumerate(rows) if row["point"] == number), None)
+        figure = accuracy_against(rows, axis, current=current)
+        self.screen.scatter.value = to_html(figure, describe_points(rows, axis, current))
+        self.screen.table.value = table(rows, number)
+        self._points_drawn = now
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """Show the widgets; where none can be shown, one line that never changes, which notebook tests compare."""
-        return {**self.widget._repr_mimebundle_(**options), "text/plain": TEXT}
+        if not self._shown:
+            self._shown = True
+            self.compressor.prepare(self.experiment)
+            self._follow()
+        return {**self.screen.widget._repr_mimebundle_(**options), "text/plain": TEXT}
 
 
-def _button(name: str, tooltip: str, style: str, action: Any) -> Any:
-    button = widgets.Button(
-        description=name, tooltip=tooltip, button_style=style, layout={"width": "auto", "min_width": "90px"}
-    )
-    button.on_click(lambda _: action())
-    return button
+def default_experiment() -> Experiment:
+    """A small student of a larger teacher, so that each of the three knobs has something to do."""
+    return Experiment(model="student", teacher=Experiment())

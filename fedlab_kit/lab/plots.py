@@ -39,6 +39,7 @@ __all__ = [
     "accuracy_curve",
     "client_accuracy",
     "describe_curve",
+    "describe_points",
     "human_bytes",
     "label_counts",
     "pareto",
@@ -105,6 +106,24 @@ def accuracy_against(
     if shown:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=GREY, fontsize=9)
     return figure
+
+
+def describe_points(points: Sequence[Mapping[str, Any]], axis: str = "bytes", current: int | None = None) -> str:
+    """Return what `accuracy_against` shows, in words, for those who cannot see it."""
+    quantity = _axis(axis)
+    shown = [point for point in points if _positive(point.get(axis))]
+    what = f"Accuracy against {quantity.label[0].lower()}{quantity.label[1:]}"
+    if not shown:
+        return f"{what}: no point yet."
+    front = pareto([(point[axis], point["accuracy"]) for point in shown])
+    count = f"{len(shown)} point{'s' if len(shown) > 1 else ''}, {len(front)} on the Pareto front"
+    if current is None or not _positive(points[current].get(axis)):
+        return f"{what}: {count}."
+    chosen = points[current]
+    return (
+        f"{what}: {count}; the current one has {percent(chosen['accuracy'])} (95 % interval "
+        f"{percent(chosen['low'])} to {percent(chosen['high'])}) at {quantity.write(chosen[axis])}."
+    )
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from threading import Event, Lock, Thread
 
 from fedlab_kit.experiment import Experiment, Settings
@@ -15,13 +15,19 @@ from fedlab_kit.runs import Run, train
 class Session:
     """Trains one experiment at a time in a thread of its own; everything else may be read at any moment.
 
-    `experiment` and `records` are those of the run that is under way or was the last, `runs` all that ended with
-    at least one round, `error` what went wrong in the last one ("" if nothing did).
+    `experiment` is the one that is under way or was the last; while its teacher is trained first, `stage` is the
+    teacher. `records` are those of the `stage`, `runs` all that ended with at least one round, `error` what went wrong
+    in the last one ("" if nothing did). `finished` is called with every run that came to its end, `failed` with
+    the words of every error.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, finished: Callable[[Run], None] = lambda run: None, failed: Callable[[str], None] = lambda error: None
+    ) -> None:
+        self._finished, self._failed = finished, failed
         self.runs: list[Run] = []
         self.experiment: Experiment | None = None
+        self.stage: Experiment | None = None
         self.records: list[RoundRecord] = []
         self.busy = False
         self.error = ""
@@ -42,8 +48,8 @@ class Session:
             if self.busy:
                 self._aside = "Run was refused: one run at a time, press Stop or wait."
                 return False
-            self.busy, self.experiment, self.records, self.error = True, experiment, [], ""
-            self._said, self._aside = f"Training: round 1 of {experiment.rounds} has begun.", ""
+            self.busy, self.experiment, self.error, self._aside = True, experiment, "", ""
+            self._begin((*experiment.parents, experiment)[0])
             self._stop = Event()
             self._worker = Thread(target=self._work, args=(experiment, self._stop), daemon=True)
             self._worker.start()
@@ -70,13 +76,26 @@ class Session:
     def curves(self, most: int = 6) -> list[Curve]:
         """Return the latest runs besides the current one, each labelled by what sets it apart from that."""
         with self._lock:
-            others = [run for run in self.runs if run.experiment != self.experiment]
-        return [(difference(run.experiment, self.experiment), run.records) for run in others[-most:]]
+            others = [run for run in self.runs if run.experiment != self.stage]
+        return [(self._label(run.experiment), run.records) for run in others[-most:]]
+
+    def _label(self, experiment: Experiment) -> str:
+        role = _role(experiment, self.experiment)
+        return f"{role} {experiment.model}" if role else difference(experiment, self.experiment)
 
     def _work(self, experiment: Experiment, stop: Event) -> None:
         try:
-            run = train(experiment, stop, self._progress)
-            self._finish(run)
+            for stage in (*experiment.parents, experiment):
+                with self._lock:
+                    self._begin(stage)
+                run = train(stage, stop, self._progress)
+                self._finish(run)
+                if run.status != "finished":
+                    return
+            self._finished(run)
+        except TimeoutError:  # stopped while somebody else's run, or a grandparent, was waited for
+            with self._lock:
+                self._said = "Stopped before the first round ended. Run starts again."
         except Exception as error:
             # Whatever it was, the person at the screen must see it: a thread's traceback goes nowhere in a notebook.
             self._fail(error)
@@ -84,23 +103,31 @@ class Session:
             with self._lock:
                 self.busy, self._aside = False, ""
 
+    def _begin(self, stage: Experiment) -> None:
+        self.stage, self.records = stage, []
+        role = _role(stage, self.experiment)
+        self._doing = f"Training the {role} first" if role else "Training"
+        self._said = f"{self._doing}: round 1 of {stage.rounds} has begun."
+
     def _progress(self, record: RoundRecord) -> None:
         with self._lock:
             self.records = [*self.records, record]
-            rounds = self.experiment.rounds if self.experiment else 0
-            self._said = f"Training: round {record.round} of {rounds}, accuracy {percent(record.accuracy)}."
+            rounds = self.stage.rounds if self.stage else 0
+            self._said = f"{self._doing}: round {record.round} of {rounds}, accuracy {percent(record.accuracy)}."
 
     def _finish(self, run: Run) -> None:
         with self._lock:
             if run.records:
                 self.runs = [earlier for earlier in self.runs if earlier.experiment != run.experiment] + [run]
-            self._said = outcome(run)
+            role = _role(run.experiment, self.experiment)
+            self._said = f"The {role}: {outcome(run)}" if role else outcome(run)
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
             expected = isinstance(error, ValueError | OSError)
             self.error = str(error) if expected else f"{type(error).__name__}: {error}"
             self._said = f"Error: {self.error}"
+        self._failed(self.error)
 
 
 def outcome(run: Run) -> str:
@@ -124,9 +151,21 @@ def outcome(run: Run) -> str:
     return said
 
 
+def _role(experiment: Experiment, asked: Experiment | None) -> str:
+    """Say what an experiment is to the one that was asked for: "teacher", "start", or "" if neither."""
+    roles = {"teacher": asked.teacher, "start": asked.start} if asked else {}
+    return next((role for role, one in roles.items() if one == experiment), "")
+
+
 def difference(settings: Settings, other: Settings | None) -> str:
     """Name the fields, with their values in `settings`, that set it apart from `other`, e.g. "alpha 0.1, lr 0.03"."""
-    names: Sequence[str] = list(type(settings).model_fields)
     if other is None:
         return ""
-    return ", ".join(f"{n} {getattr(settings, n)}" for n in names if getattr(settings, n) != getattr(other, n))
+    pairs = [(name, value, getattr(other, name)) for name, value in settings]
+    return ", ".join(_short(name, value) for name, value, there in pairs if value != there)
+
+
+def _short(name: str, value: object) -> str:
+    if value is None:
+        return f"no {name}"
+    return f"{name} {value.model}" if isinstance(value, Experiment) else f"{name} {value}"

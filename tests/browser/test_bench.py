@@ -7,7 +7,10 @@ import nbformat
 import pytest
 from playwright.sync_api import Locator, expect
 
-CELL = "from fedlab_kit.lab.bench import Bench\n\nbench = Bench()\nbench"
+CELL = """import fedlab_kit as fk
+
+bench = fk.Bench(fk.Experiment(), controls=["model", "alpha", "lr"])
+bench"""
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 CONTROLS = {"slider", "spinbutton", "combobox", "button", "textbox", "checkbox", "radio", "image", "img"}
 

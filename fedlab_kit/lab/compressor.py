@@ -1,0 +1,143 @@
+"""The live side of the workbench, without a widget: runs and recipes in, points out, in a thread of its own."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from threading import Event, Lock, main_thread
+
+from fedlab_kit.deployment.artifact import Artifact, compress, slug
+from fedlab_kit.experiment import Experiment, Recipe
+from fedlab_kit.federation.server import start
+from fedlab_kit.lab.points import Points, said
+from fedlab_kit.runs import Run
+
+DELAY = 0.08  # seconds that a recipe must stand before it is measured, so that a drag ends in one point
+PARTS = ("onnx", "onnxscript", "onnxruntime.quantization", "torch._dynamo", "torch_pruning", "matplotlib.figure")
+NO_RUN = "Press Run first: these controls act on a finished run."
+
+# One thread for all benches: the exporter is not made for two at a time, and latencies want the machine to themselves.
+_WORKER = ThreadPoolExecutor(1, thread_name_prefix="compress")
+
+
+class Compressor:
+    """Measures the newest recipe that it was asked for; everything else may be read at any moment.
+
+    `points` holds what was measured, `error` what went wrong last ("" if nothing did). `occupied` says whether a run
+    needs the processor more urgently than a preparation does, `failed` is called with the words of every error.
+    """
+
+    def __init__(
+        self, occupied: Callable[[], bool] = lambda: False, failed: Callable[[str], None] = lambda error: None
+    ) -> None:
+        self.points = Points()
+        self.error = ""
+        self._occupied, self._failed = occupied, failed
+        self._lock, self._news = Lock(), Event()
+        self._said = NO_RUN
+        self._asked: tuple[Run, Recipe] | None = None
+        self._due = 0.0
+        self._jobs = 0
+
+    @property
+    def status(self) -> str:
+        """What is going on, in a sentence or two."""
+        return self._said
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being measured or prepared."""
+        return self._jobs > 0
+
+    @property
+    def artifact(self) -> Artifact | None:
+        """The artifact of the current point."""
+        return self.points.current.artifact if self.points.current else None
+
+    def ask(self, run: Run, recipe: Recipe, delay: float = 0.0) -> None:
+        """Measure a recipe on a run as soon as it has stood for `delay` seconds; the latest wins.
+
+        The uncompressed file of the run is measured first, once.
+        """
+        with self._lock:
+            self._due = time.monotonic() + delay
+            waiting, self._asked = self._asked is not None, (run, recipe)
+        if not waiting:
+            self._submit(self._answer)
+
+    def prepare(self, experiment: Experiment) -> None:
+        """Load the exporter and export the experiment's model once, untrained: that takes seconds the first time."""
+        self._say("Preparing the exporter, once: this takes some seconds.")
+        self._submit(self._prepare, experiment)
+
+    def refuse(self, reason: str) -> None:
+        """Say why nothing is measured."""
+        self._say(reason)
+
+    def watch(self, timeout: float) -> None:
+        """Wait until something has changed since the last call, at most `timeout` seconds."""
+        self._news.wait(timeout)
+        self._news.clear()
+
+    def _submit(self, job: Callable[..., None], *arguments: object) -> None:
+        with self._lock:
+            self._jobs += 1
+        _WORKER.submit(self._guard, job, *arguments)
+
+    def _guard(self, job: Callable[..., None], *arguments: object) -> None:
+        try:
+            job(*arguments)
+        except Exception as error:
+            # Whatever it was, the person at the screen must see it: a thread's traceback goes nowhere in a notebook.
+            expected = isinstance(error, ValueError | OSError)
+            self.error = str(error) if expected else f"{type(error).__name__}: {error}"
+            self._say(f"Error: {self.error}")
+            self._failed(self.error)
+        finally:
+            with self._lock:
+                self._jobs -= 1
+            self._news.set()
+
+    def _answer(self) -> None:
+        while (left := self._due - time.monotonic()) > 0:
+            time.sleep(left)
+        with self._lock:
+            asked, self._asked = self._asked, None
+        if asked is None:
+            return
+        run, recipe = asked
+        self.error = ""
+        for one in dict.fromkeys((Recipe(), recipe)):
+            if not self.points.show(run, one):
+                self._say(f"Measuring {slug(one).replace('-', ' ')}.")
+                self.points.add(run, one, compress(run, one))
+        self._say(self._outcome())
+
+    def _outcome(self) -> str:
+        current = self.points.current
+        return said(current.row(self.points.names.get(current.number, ""))) if current else NO_RUN
+
+    def _prepare(self, experiment: Experiment) -> None:
+        for part in PARTS:
+            self._give_way()
+            import_module(part)
+        self._give_way()
+        with tempfile.TemporaryDirectory() as folder, suppress(ValueError):  # what is wrong is said when it matters
+            alone = experiment.replace(teacher=None, start=None, start_recipe=None)
+            untrained = Run(alone, Path(folder), (), start(alone).weights, "stopped", {})
+            compress(untrained, Recipe(dtype="int8"))
+        self._say(self._outcome())
+
+    def _give_way(self) -> None:
+        """Let a run under way go first: loading and exporting hold the interpreter that its rounds need."""
+        while self._occupied() and self._asked is None and main_thread().is_alive():
+            time.sleep(0.05)
+
+    def _say(self, text: str) -> None:
+        self._said = text
+        self._news.set()

@@ -1,0 +1,113 @@
+"""What stands on the workbench's screen and where: knobs above two plots, what takes effect with Run on the left,
+what answers at once on the right, everything else folded away below. Core ipywidgets alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from html import escape
+from typing import Any
+
+import ipywidgets as widgets
+
+from fedlab_kit.experiment import Experiment, Recipe
+from fedlab_kit.lab.control import Control
+from fedlab_kit.lab.controls import Controls, help_text
+from fedlab_kit.lab.plots import AXES
+
+STYLE = """<style>
+.fedlab-slider .noUi-handle { visibility: hidden; box-shadow: none; }
+.fedlab-slider .noUi-touch-area { visibility: visible; border-radius: 50%; cursor: grab;
+  background: var(--jp-brand-color1, #1976d2); border: 1px solid var(--jp-layout-color0, #fff); }
+.fedlab-slider [disabled] .noUi-touch-area { background: #808080; cursor: default; }
+.fedlab-wrong input, .fedlab-wrong select { outline: 2px solid #d55e00; }
+.fedlab-error { color: var(--jp-error-color1, #c62828); line-height: 1.4; }
+.fedlab-indent { margin-left: 158px; }
+.fedlab-status { line-height: 1.4; min-height: 2.8em; }
+.fedlab-hint, .fedlab-help { color: var(--jp-ui-font-color2, #767676); line-height: 1.4; }
+.fedlab-help summary { cursor: pointer; }
+.fedlab-side { font-weight: 600; }
+.fedlab-side span { font-weight: 400; color: var(--jp-ui-font-color2, #767676); }
+.jp-RenderedHTMLCommon .fedlab-points, .fedlab-points { font-size: 12px; margin: 0; border-collapse: collapse; }
+.fedlab-points caption { text-align: left; }
+.fedlab-points th, .fedlab-points td { text-align: left; padding: 2px 10px 2px 0; font-weight: 400; }
+.fedlab-points thead th { color: var(--jp-ui-font-color2, #767676); }
+.fedlab-points .fedlab-current * { font-weight: 600; }
+</style>"""
+HALF = {"flex": "1 1 420px", "min_width": "0"}
+WRAP = {"flex_flow": "row wrap"}
+
+
+class Screen:
+    """The widgets of one bench, without a thought of what they show; `widget` holds them all."""
+
+    def __init__(self, controls: Controls, first: list[Control], actions: dict[str, Callable[[], None]]) -> None:
+        self.run = button("Run", "Train with these settings", actions["run"], "primary")
+        self.stop = button("Stop", "End the run before its next batch", actions["stop"])
+        self.seed = button("New seed", "Run again with other random choices", actions["new_seed"])
+        self.pin = button("Pin", "Give the current point the name beside it", actions["pin"])
+        self.hide = button("Hide", "Take the current point out of plot and table", actions["hide"])
+        self.undo = button("Undo", "Take back the last Pin or Hide", actions["undo"])
+        self.name = widgets.Text(placeholder="name of the current point", description="Name", layout={"width": "260px"})
+        self.axis = widgets.Dropdown(
+            options=[(axis.label, name) for name, axis in AXES.items()],
+            value="zstd_bytes",
+            description="Accuracy against",
+            style={"description_width": "150px"},
+            layout={"width": "420px", "max_width": "98%"},
+        )
+        self.train_status, self.hint, self.curve = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.compress_status, self.scatter, self.table = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.widget = widgets.VBox([widgets.HTML(STYLE), *self._rows(controls, first)])
+
+    def _rows(self, controls: Controls, first: list[Control]) -> list[Any]:
+        """Return three rows of two halves: knobs, plots, and what is folded away; each wraps on a narrow screen."""
+        names = [control.name for control in first]
+        knobs = {owner: [c for c in first if c.owner is owner] for owner in (Experiment, Recipe)}
+        train = [
+            heading("Train", "takes effect with Run"),
+            *shown(knobs[Experiment]),
+            widgets.HBox([self.run, self.stop, self.seed], layout=WRAP),
+            self.hint,
+            self.train_status,
+        ]
+        compress = [
+            heading("Compress", "answers at once, for the last finished run"),
+            *shown(knobs[Recipe]),
+            self.compress_status,
+        ]
+        marks = widgets.HBox([self.name, self.pin, self.hide, self.undo], layout=WRAP)
+        return [
+            halves(train, compress),
+            halves([self.curve], [self.axis, self.scatter]),
+            halves(controls.groups(Experiment, names), [self.table, marks, *controls.groups(Recipe, names)]),
+        ]
+
+
+def shown(knobs: list[Control]) -> list[Any]:
+    """Return knobs with what they mean."""
+    return [*(knob.widget for knob in knobs), help_text(knobs)] if knobs else []
+
+
+def halves(left: Iterable[Any], right: Iterable[Any]) -> Any:
+    """Return two columns that stand side by side where there is room."""
+    return widgets.HBox([widgets.VBox(list(side), layout=HALF) for side in (left, right)], layout=WRAP)
+
+
+def heading(title: str, meaning: str) -> Any:
+    """Return what stands above a side of the bench."""
+    return widgets.HTML(f'<div class="fedlab-side" role="heading" aria-level="3">{title} <span>{meaning}</span></div>')
+
+
+def status(text: str) -> str:
+    """Return words that a screen reader reads out when they change."""
+    return f'<div class="fedlab-status" role="status" aria-live="polite">{escape(text)}</div>'
+
+
+def button(name: str, tooltip: str, action: Callable[[], None], style: str = "") -> Any:
+    """Return a named button."""
+    made = widgets.Button(
+        description=name, tooltip=tooltip, button_style=style, layout={"width": "auto", "min_width": "90px"}
+    )
+    made.on_click(lambda _: action())
+    return made
