@@ -179,7 +179,7 @@ class Experiment(Settings):
         span=(1, 64),
     )
     lr: float = knob(
-        0.1,
+        0.05,
         "Learning rate",
         "Step size of the clients' SGD.",
         group="training",

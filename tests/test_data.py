@@ -36,7 +36,7 @@ def test_digits_have_the_stated_sizes_and_types() -> None:
 
 def test_digits_are_the_same_bytes_everywhere() -> None:
     """A change here changes every stored run and every committed notebook: make it on purpose."""
-    assert load("digits").digest == "8fb1ff45801ed48ea89c09fa537613c832a451be9297beb27d5327fd6b6f6c6d"
+    assert load("digits").digest == "570120c51200f623f702e2cd8f167d24eead10a8ab064bfe43e84cd2baf2deb9"
 
 
 def test_digits_come_from_scikit_learns_file() -> None:
@@ -70,7 +70,7 @@ def test_enlarging_is_bilinear_interpolation() -> None:
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(images).float()[:, None] * 255 / 16, size=(20, 20), mode="bilinear"
     )
-    rows, columns = 4 + np.random.default_rng(0).integers(-2, 3, (2, 20))
+    rows, columns = 4 + np.random.default_rng(0).integers(-1, 2, (2, 20))
     for image, large, row, column in zip(drawn, expected, rows, columns, strict=True):
         assert (image[0, row : row + 20, column : column + 20] - large[0]).abs().max() < 1.01
         assert int((image > 0).sum()) == int((image[0, row : row + 20, column : column + 20] > 0).sum())
