@@ -11,7 +11,7 @@ from fedlab_kit.deployment import measure
 
 SEEDS = (1, 2, 3)
 RESNET = fk.Experiment(
-    dataset="mnist_10000", model="resnet", partition="iid", clients=10, clients_per_round=10, rounds=12, lr=0.05
+    dataset="mnist_10000", model="resnet", partition="iid", clients=10, clients_per_round=10, rounds=10
 )
 CNN = fk.Experiment(dataset="mnist", model="cnn", partition="iid", clients=100, rounds=60, lr=0.1)
 INT8 = fk.Recipe(dtype="int8", quantization="static")

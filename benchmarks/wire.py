@@ -95,7 +95,8 @@ def federate_synthetic(name: str, seed: int, settings: dict[str, Any]) -> Row:
 def synthetic_1_1() -> fk.Dataset:
     """Li et al. 2020: 30 clients whose labels come from models of their own around a common one, alpha = beta = 1.
 
-    Sizes are lognormal; seed 1660 gives about the 9,600 samples (the largest client 5,623) of the paper. 80 % train, the rest validates.
+    Sizes are lognormal; seed 1660 gives about the paper's 9,600 samples, 5,623 of them one client's. 80 % train, the
+    rest validates.
     """
     import numpy as np
     import torch
