@@ -364,7 +364,7 @@ class Experiment(Settings):
     error_feedback: bool = knob(
         True,
         "Error feedback",
-        "A client keeps what its codec lost and adds it to its next update; codecs that are right on average need none.",
+        "A client keeps what its codec lost and adds it to its next update; unbiased codecs need none.",
         group="wire",
     )
     zstd: bool = knob(False, "zstd", "Squeeze every payload by zstd as well.", group="wire")
