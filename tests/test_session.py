@@ -99,7 +99,7 @@ def test_a_run_from_the_store_says_when_and_where_it_was_measured(session):
 
 
 def test_a_run_that_diverges_says_so_and_keeps_its_records(session):
-    finished(session, TINY.replace(model="mlp", lr=10.0, rounds=30, batch_size=1))
+    finished(session, TINY.replace(model="2nn", lr=10.0, rounds=30, batch_size=10))
     assert session.status.startswith("Diverged in round ") and "smaller learning rate" in session.status
     assert session.runs[0].status == "diverged" and session.records[-1].loss is None
 

@@ -170,6 +170,7 @@ def _origin(run: Run, recipe: Recipe) -> dict[str, Any]:
             "shape": list(run.dataset.shape),
             "meaning": "a batch of raw values as stored; the graph preprocesses them",
         },
+        "accuracy_batch": measure.WHOLE,
         "output": {"name": "logits", "shape": [len(run.dataset.classes)]},
     }
 
