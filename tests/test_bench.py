@@ -1,15 +1,19 @@
 """The bench through its traits and methods; tests/browser/test_bench.py does the same in a real JupyterLab."""
 
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from html import unescape
 from time import perf_counter
 
 import ipywidgets as widgets
 import pytest
 
-from fedlab_kit.experiment import Experiment
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab.bench import TEXT, Bench
+from fedlab_kit.lab.compressor import NO_RUN
 
 TINY = Experiment(model="logistic", clients=4, clients_per_round=2, rounds=3)
 
@@ -97,7 +101,7 @@ def test_a_wrong_value_starts_nothing_and_its_message_goes_when_it_is_mended(ben
     bench.controls["lr"].value = -1.0
     bench.run(block=True)
     assert shown(bench) == "Ready: press Run. Not started: lr must be above 0 and at most 10, got -1.0."
-    assert bench.runs == [] and bench.experiment.lr == 0.1
+    assert bench.runs == [] and bench.experiment.lr == TINY.lr
     bench.controls["lr"].value = 0.2
     assert shown(bench) == "Ready: press Run."
 
@@ -123,7 +127,7 @@ def test_a_run_from_the_store_says_so_and_new_seed_is_offered(bench):
 
 
 def test_divergence_is_shown_with_a_clear_word():
-    bench = Bench(TINY.replace(model="mlp", lr=10.0, rounds=30, batch_size=1))
+    bench = Bench(TINY.replace(model="2nn", lr=10.0, rounds=30, batch_size=10))
     bench.run(block=True)
     assert shown(bench).startswith("Diverged in round ")
 
@@ -167,6 +171,163 @@ def test_nothing_is_drawn_twice(bench):
     bench.screen.curve.value = "as it was"
     bench.refresh()
     assert drawn and bench.screen.curve.value == "as it was"
+
+
+LIVE = Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2, rounds=2)
+
+
+@pytest.fixture
+def live() -> Iterator[Bench]:
+    made = Bench(LIVE)
+    made.run(block=True)
+    yield made
+    made.stop()
+    assert made.wait(20)
+
+
+def spoken(bench: Bench) -> str:
+    """What is said on the compress side."""
+    return unescape(re.search('role="status"[^>]*>(.*)</div>', bench.screen.compress_status.value).group(1))
+
+
+def seen(bench: Bench) -> str:
+    """What the plot of accuracy against size shows."""
+    return re.search('<img alt="([^"]*)"', bench.screen.scatter.value).group(1)
+
+
+def test_the_first_point_is_the_uncompressed_file(live):
+    assert [(row["dtype"], row["prune_ratio"]) for row in live.points] == [("fp32", 0.0)]
+    assert live.artifact.path.stat().st_size == live.points[0]["bytes"]
+    assert ": 1 point, 1 on the Pareto front; the current one has " in seen(live)
+    assert spoken(live).startswith("1: mlp, fp32: ") and "1: mlp, fp32" in live.screen.table.value
+
+
+def test_a_recipe_that_is_set_beforehand_follows_the_baseline():
+    bench = Bench(LIVE, Recipe(dtype="fp16"), controls=["dtype"])
+    bench.run(block=True)
+    assert [row["dtype"] for row in bench.points] == ["fp32", "fp16"] and bench.recipe == Recipe(dtype="fp16")
+
+
+def test_a_compress_control_answers_by_itself_and_only_the_last_value_of_a_drag(live):
+    for ratio in (0.1, 0.2, 0.5):
+        live.controls["prune_ratio"].slider.value = ratio
+    assert live.wait(20)
+    assert [row["prune_ratio"] for row in live.points] == [0, 0.5]
+    assert live.points[1]["sparsity"] > 0.4 and live.artifact.card["recipe"]["prune_ratio"] == 0.5
+    assert ": 2 points, " in seen(live) and spoken(live).startswith("2: mlp, weight 0.5 fp32: ")
+
+
+def test_without_a_finished_run_compress_says_what_is_missing(bench):
+    bench.controls["dtype"].value = "int8"
+    assert bench.wait(20) and spoken(bench) == NO_RUN and bench.points == [] and bench.artifact is None
+    bench.compress(block=True)
+    assert spoken(bench) == NO_RUN and "no point yet" in seen(bench)
+
+
+def test_an_impossible_recipe_is_answered_beside_its_control(live):
+    live.controls["prune"].value = "channel"
+    live.controls["prune_ratio"].value = 0.999
+    assert live.wait(20) and spoken(live).startswith("Error: prune_ratio 0.999 would remove")
+    assert "prune_ratio 0.999" in live.controls["prune_ratio"].note.value
+    live.controls["prune_ratio"].value = 1.5
+    assert spoken(live) == "Not measured: prune_ratio must be at least 0 and below 1, got 1.5."
+    live.controls["prune_ratio"].value = 0.2
+    assert live.wait(20) and live.points[-1]["prune_ratio"] == 0.2
+    assert live.controls["prune_ratio"].note.layout.display == "none"
+
+
+def test_compress_answers_during_a_run_for_the_one_before(live):
+    live.controls["rounds"].value = 100_000
+    live.run()
+    live.controls["dtype"].value = "fp16"
+    deadline = perf_counter() + 20
+    while len(live.points) < 2 and perf_counter() < deadline:
+        live.wait(0.05)
+    assert live.busy and live.points[-1]["dtype"] == "fp16" and len(live.runs) == 1
+    live.refresh()
+    assert spoken(live).endswith("A run is under way: the points are of those before it.")
+
+
+def test_points_are_named_hidden_and_brought_back_and_the_axis_is_switched(live):
+    live.controls["dtype"].value = "fp16"
+    assert live.wait(20)
+    live.pin("half")
+    assert live.points[1]["name"] == "half" and "2: half, mlp, fp16" in live.screen.table.value
+    live.screen.hide.click()
+    assert len(live.points) == 1 and ": 1 point, 1 on the Pareto front." in seen(live)
+    live.screen.undo.click()
+    live.screen.axis.value = "latency_ms"
+    assert seen(live).startswith("Accuracy against latency of one prediction: 2 points, ") and seen(live).endswith(
+        "ms."
+    )
+
+
+def test_the_teacher_is_trained_first_and_stands_behind_its_student():
+    teacher = LIVE.replace(rounds=3)
+    bench = Bench(LIVE.replace(teacher=teacher, model="logistic"))
+    assert not bench.controls["temperature"].field.disabled
+    bench.run(block=True)
+    assert [run.experiment for run in bench.runs] == [teacher, bench.experiment]
+    assert bench.session.curves()[0][0] == "teacher mlp" and bench.points[0]["model"] == "logistic"
+    bench.controls["temperature"].value = 9.0
+    assert "Changed since the bold curve: temperature 9.0. Press Run." in bench.screen.hint.value
+
+
+def test_without_a_teacher_the_temperature_says_what_it_needs(live):
+    control = live.controls["temperature"]
+    assert control.field.disabled and "needs a teacher" in control.note.value
+    live.controls["strategy"].value = "feddf"
+    assert not control.field.disabled and live.controls["distill_weight"].field.disabled
+
+
+def test_a_teacher_goes_with_its_student_to_another_data_set():
+    bench = Bench(LIVE.replace(teacher=LIVE))
+    bench.controls["dataset"].value = "blobs_at_sites"
+    assert bench.experiment.teacher.dataset == "blobs_at_sites" and bench.controls.errors == {}
+
+
+def test_showing_the_bench_prepares_the_exporter():
+    bench = Bench(LIVE)
+    bench._repr_mimebundle_()
+    assert bench.wait(60) and spoken(bench) == NO_RUN and bench.points == []
+
+
+def test_the_default_has_a_use_for_each_of_its_three_knobs():
+    bench = Bench()
+    assert not any(bench.controls[name].field.disabled for name in ("prune_ratio", "dtype", "temperature"))
+
+
+def test_two_hundred_random_interactions_never_get_it_stuck(live):
+    """A seeded person who presses and moves everything; afterwards a run and a point come as ever."""
+    rng = random.Random(200)
+    values = {
+        "prune_ratio": [0.0, 0.3, 0.9, 0.999, 1.5, -1.0], "prune": ["weight", "channel"], "lr": [0.1, 0.3, -1.0],
+        "dtype": ["fp32", "fp16", "int8", "int4"], "quantization": ["static", "dynamic"], "rounds": [1, 2, 300, 0],
+        "model": ["mlp", "logistic"], "clients": [4, 1], "partition": ["iid", "site"], "seed": [7, 8],
+    }  # fmt: skip
+    presses = ("run", "stop", "new_seed", "compress", "pin", "hide", "undo", "axis")
+    finished = set()
+    for _ in range(200):
+        name = rng.choice([*values, *presses, *presses])
+        if name in values:
+            live.controls[name].value = rng.choice(values[name])
+        elif name == "axis":
+            live.screen.axis.value = rng.choice(["bytes", "zstd_bytes", "latency_ms"])
+        else:
+            getattr(live, name)()
+        live.wait(rng.choice([0, 0, 0.02]))
+        now = {run.key for run in live.runs if run.status == "finished"}
+        assert finished <= now
+        finished = now
+    live.stop()
+    assert live.wait(60) and not live.busy and not live.screen.run.disabled and live.screen.stop.disabled
+    for name, value in {**dict(LIVE), **dict(Recipe(prune_ratio=0.25))}.items():
+        if name in values:
+            live.controls[name].value = value
+    assert live.controls.errors == {}
+    live.run(block=True)
+    assert shown(live).startswith("Finished") and spoken(live).split(": ")[1] == "mlp, weight 0.25 fp32"
+    assert "Error" not in spoken(live) and "Not drawn" not in spoken(live) and len(finished) > 2
 
 
 def test_the_package_imports_no_widget_and_no_plot():

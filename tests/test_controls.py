@@ -100,7 +100,7 @@ def test_a_wrong_value_is_answered_beside_its_control_and_taken_back_when_mended
         '<div role="alert" class="fedlab-error">lr must be above 0 and at most 10, got -3.0</div>'
     )
     assert made["lr"].note.layout.display != "none" and "fedlab-wrong" in made["lr"].field._dom_classes
-    assert made.settings(Experiment).lr == 0.1
+    assert made.settings(Experiment).lr == Experiment().lr
     made["lr"].value = 0.2
     assert made["lr"].note.layout.display == "none" and "fedlab-wrong" not in made["lr"].field._dom_classes
     assert made.settings(Experiment).lr == 0.2 and made.errors == {}

@@ -196,20 +196,23 @@ class Bench:
                 Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        pause = PAUSE
-        while True:
+        """Look at both workers until neither has anything to do, and once more after that."""
+        pause, done = PAUSE, False
+        while not done:
             active = self.busy or self.compressor.busy
             if self.busy:
                 self.session.wait(pause)
             elif active:
                 self.compressor.watch(PAUSE)
             began = perf_counter()
-            self.refresh()
+            try:
+                self.refresh()
+            except Exception as error:  # what cannot be drawn must not end the watch: the buttons depend on it
+                self.compressor.refuse(f"Not drawn: {type(error).__name__}: {error}")
             pause = max(PAUSE, 4 * (perf_counter() - began))  # a slow machine spends its time on training
             with self._drawing:
-                if not (active or self.busy or self.compressor.busy):
+                if done := not (active or self.busy or self.compressor.busy):
                     self._quiet.set()
-                    return
 
     def _draw_curve(self) -> None:
         """Draw the curves, unless they are on the screen already: cheaply while a run is under way."""

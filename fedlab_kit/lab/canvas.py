@@ -36,14 +36,14 @@ def three(value: float) -> str:
     return f"{value:.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
-def canvas(right: float, left: float = 0.09) -> tuple[Figure, Axes]:
+def canvas(right: float, left: float = 0.11) -> tuple[Figure, Axes]:
     """Return a transparent figure with one pair of grey axes; the margins are shares of its width."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.8, 3.6), dpi=1.5 * PIXELS_PER_INCH, facecolor="none")
-    axes = figure.add_axes((left, 0.14, 1 - left - right, 0.8), facecolor="none")
+    figure = Figure(figsize=(5.6, 3.4), dpi=1.5 * PIXELS_PER_INCH, facecolor="none")
+    axes = figure.add_axes((left, 0.15, 1 - left - right, 0.8), facecolor="none")
     axes.grid(color=GREY, alpha=0.25, linewidth=0.7)
-    axes.tick_params(colors=GREY)
+    axes.tick_params(which="both", colors=GREY)
     axes.xaxis.label.set_color(GREY)
     axes.yaxis.label.set_color(GREY)
     for side, spine in axes.spines.items():

@@ -113,9 +113,10 @@ class Compressor:
         run, recipe = asked
         self.error = ""
         for one in dict.fromkeys((Recipe(), recipe)):
-            if not self.points.show(run, one):
+            if self.points.find(run, one) is None:
                 self._say(f"Measuring {slug(one).replace('-', ' ')}.")
                 self.points.add(run, one, compress(run, one))
+        self.points.show(run, recipe)
         self._say(self._outcome())
 
     def _outcome(self) -> str:

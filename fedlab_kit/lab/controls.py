@@ -109,7 +109,7 @@ def fold(title: str, controls: list[Control]) -> Any:
     """Return a button that shows and hides controls and their help; an Accordion cannot be opened by keyboard."""
     rows = [control.widget for control in controls]
     body = widgets.VBox([*rows, help_text(controls)], layout={"display": "none", "padding": "0 0 8px 0"})
-    button = widgets.Button(description=f"Show {title}", layout={"width": "260px"})
+    button = widgets.Button(description=f"Show {title}", layout={"width": "320px", "max_width": "98%"})
     button.on_click(lambda _: _toggle(button, body, title))
     return widgets.VBox([button, body])
 

@@ -101,7 +101,7 @@ class LiveCurve:
 
 def _backdrop(earlier: Sequence[Curve], rounds: int) -> tuple[Figure, Axes]:
     """Return axes for `rounds` rounds, or as many as an earlier run has, with the earlier runs in grey."""
-    figure, axes = canvas(right=0.27)
+    figure, axes = canvas(right=0.3)
     longest = max([2, rounds, *(curve[-1].round for _, curve in earlier if curve)])
     axes.set(xlabel="Round", ylabel="Accuracy on validation (%)", xlim=(0, longest * 1.02), ylim=(0, 100))
     whole_numbers(axes)
@@ -127,7 +127,7 @@ def _label_ends(axes: Axes, curves: Sequence[Curve], bold: str | None = None) ->
     ends = sorted([(100 * curve[-1].accuracy, text) for text, curve in curves if curve])
     for height, (value, text) in zip(_apart([end[0] for end in ends], gap=6.0), ends, strict=True):
         axes.annotate(
-            shorten(f"{percent(value / 100)} {text}", 28, placeholder="..."),
+            shorten(f"{percent(value / 100)} {text}", 24, placeholder="..."),
             (1.01, height),
             xycoords=("axes fraction", "data"),
             annotation_clip=False,

@@ -80,7 +80,7 @@ def accuracy_against(
     `current` (an index) is ringed. Raises ValueError for an unknown axis.
     """
     quantity = _axis(axis)
-    figure, axes = canvas(right=0.2)
+    figure, axes = canvas(right=0.23)
     axes.set(xlabel=quantity.label, ylabel="Accuracy on validation (%)")
     shown = [point for point in points if _positive(point.get(axis))]
     for (color, marker), (name, group) in zip(cycle(STYLES), _groups(shown, kind).items(), strict=False):
@@ -142,7 +142,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 def label_counts(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
     """Draw who holds which labels as bubbles, area by samples: counts is [clients, classes]."""
     cells = [(k, c, n) for k, row in enumerate(counts) for c, n in enumerate(row) if n]
-    figure, axes = canvas(right=0.03, left=0.18 if max(map(len, classes)) > 3 else 0.09)
+    figure, axes = canvas(right=0.03, left=0.22 if max(map(len, classes)) > 3 else 0.11)
     axes.set(xlabel="Client", ylabel="Label", xlim=(-0.7, len(counts) - 0.3), ylim=(-0.7, len(classes) - 0.3))
     axes.set_yticks(range(len(classes)), classes)
     whole_numbers(axes)
@@ -161,7 +161,7 @@ def client_accuracy(
     """Draw each client's accuracy (0..1) with its interval, worst first, beside the mean over clients."""
     names = names or [str(client) for client in range(len(accuracy))]
     order = sorted(range(len(accuracy)), key=lambda client: accuracy[client])
-    figure, axes = canvas(right=0.15)
+    figure, axes = canvas(right=0.18)
     axes.set(ylabel="Accuracy on validation (%)", xlabel="Client, worst first", xlim=(-0.7, len(order) - 0.3))
     for place, client in enumerate(order):
         color, marker = (VERMILLION, "s") if place == 0 else (BLUE, "o")

@@ -64,12 +64,14 @@ class Points:
         self.current = Point(len(self.all) + 1, run, recipe, artifact)
         self.all = (*self.all, self.current)
 
-    def show(self, run: Run, recipe: Recipe) -> bool:
-        """Make the point of this run and recipe the current one, if it was measured before; whether it was."""
-        found = next((point for point in self.all if point.key == (run.key, slug(recipe))), None)
-        if found is not None:
+    def find(self, run: Run, recipe: Recipe) -> Point | None:
+        """The point of this run and recipe, if it was measured before."""
+        return next((point for point in self.all if point.key == (run.key, slug(recipe))), None)
+
+    def show(self, run: Run, recipe: Recipe) -> None:
+        """Make the point of this run and recipe the current one, and bring it back if it was hidden."""
+        if found := self.find(run, recipe):
             self.current, self.hidden = found, self.hidden - {found.number}
-        return found is not None
 
     def rows(self) -> list[Row]:
         """The points that are not hidden."""

@@ -28,7 +28,8 @@ STYLE = """<style>
 .fedlab-help summary { cursor: pointer; }
 .fedlab-side { font-weight: 600; }
 .fedlab-side span { font-weight: 400; color: var(--jp-ui-font-color2, #767676); }
-.jp-RenderedHTMLCommon .fedlab-points, .fedlab-points { font-size: 12px; margin: 0; border-collapse: collapse; }
+.jp-RenderedHTMLCommon .fedlab-points, .fedlab-points { font-size: 12px; line-height: 1.4; margin: 0; border: 0;
+  border-collapse: collapse; table-layout: auto; }
 .fedlab-points caption { text-align: left; }
 .fedlab-points th, .fedlab-points td { text-align: left; padding: 2px 10px 2px 0; font-weight: 400; }
 .fedlab-points thead th { color: var(--jp-ui-font-color2, #767676); }
@@ -36,6 +37,7 @@ STYLE = """<style>
 </style>"""
 HALF = {"flex": "1 1 420px", "min_width": "0"}
 WRAP = {"flex_flow": "row wrap"}
+NARROW: dict[str, Any] = {"style": {"description_width": "45px"}, "layout": {"width": "210px"}}
 
 
 class Screen:
@@ -48,13 +50,13 @@ class Screen:
         self.pin = button("Pin", "Give the current point the name beside it", actions["pin"])
         self.hide = button("Hide", "Take the current point out of plot and table", actions["hide"])
         self.undo = button("Undo", "Take back the last Pin or Hide", actions["undo"])
-        self.name = widgets.Text(placeholder="name of the current point", description="Name", layout={"width": "260px"})
+        self.name = widgets.Text(placeholder="of the current point", description="Name", **NARROW)
         self.axis = widgets.Dropdown(
             options=[(axis.label, name) for name, axis in AXES.items()],
             value="zstd_bytes",
             description="Accuracy against",
-            style={"description_width": "150px"},
-            layout={"width": "420px", "max_width": "98%"},
+            style={"description_width": "115px"},
+            layout={"width": "400px", "max_width": "98%"},
         )
         self.train_status, self.hint, self.curve = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.compress_status, self.scatter, self.table = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -79,7 +81,7 @@ class Screen:
         marks = widgets.HBox([self.name, self.pin, self.hide, self.undo], layout=WRAP)
         return [
             halves(train, compress),
-            halves([self.curve], [self.axis, self.scatter]),
+            halves([self.curve], [self.scatter, self.axis]),
             halves(controls.groups(Experiment, names), [self.table, marks, *controls.groups(Recipe, names)]),
         ]
 
@@ -107,7 +109,7 @@ def status(text: str) -> str:
 def button(name: str, tooltip: str, action: Callable[[], None], style: str = "") -> Any:
     """Return a named button."""
     made = widgets.Button(
-        description=name, tooltip=tooltip, button_style=style, layout={"width": "auto", "min_width": "90px"}
+        description=name, tooltip=tooltip, button_style=style, layout={"width": "auto", "min_width": "70px"}
     )
     made.on_click(lambda _: action())
     return made
