@@ -301,3 +301,15 @@ def test_features_keep_their_range_in_half_precision() -> None:
     found = measure.open_session(graph.SerializeToString()).run(None, {"x": raw.numpy()})[0]
     expected = model(torch.tensor([[-1.0, 0.5], [1.0, -0.5]])).detach().numpy()
     np.testing.assert_allclose(found, expected, atol=5e-3)
+
+
+def test_int4_leaves_logging_as_it_was(run: fk.Run, tmp_path: Path) -> None:
+    """In a fresh process, where the quantizer is imported for the first time."""
+    script = (
+        "import logging, torch, fedlab_kit as fk; from fedlab_kit.deployment.convert import convert\n"
+        "from fedlab_kit.deployment.export import export; from fedlab_kit.models import build\n"
+        "graph = export(build('mlp', (4,), 2, 0).eval(), fk.Preprocess(0.0, 1.0), torch.zeros(2, 4))\n"
+        "convert(graph, 'int4', None); print(logging.getLogger().level, logging.getLogger().handlers)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "30 []" and "INFO" not in done.stderr

@@ -7,7 +7,9 @@ clients measured. int4 packs Linear weights in blocks. Weight codes are those of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -197,9 +199,22 @@ def _int8_static(graph: Any, ranges: Ranges) -> Any:
     return quantizer.quantize_model()
 
 
+@contextmanager
+def _logging_as_it_was() -> Iterator[None]:
+    """Undo what an import does to everybody's logging: the int4 quantizer's turns on INFO for the whole process."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
 def _int4(graph: Any) -> Any:
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    from onnxruntime.quantization.onnx_model import ONNXModel
+    with _logging_as_it_was():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+        from onnxruntime.quantization.onnx_model import ONNXModel
 
     model = ONNXModel(graph)
     model.replace_gemm_with_matmul()  # the quantizer passes over Gemm, which is what every Linear becomes
