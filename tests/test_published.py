@@ -1,0 +1,31 @@
+"""Published figures on real data: `make test-slow` with FEDLAB_DATA, or after MNIST was downloaded."""
+
+import pytest
+
+import fedlab_kit as fk
+from fedlab_kit.data import load
+from fedlab_kit.federation.rounds import play
+from fedlab_kit.federation.server import start
+from fedlab_kit.federation.task import task
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def _mnist():
+    try:
+        load("mnist")
+    except (OSError, ValueError) as error:
+        pytest.skip(f"MNIST is missing: set FEDLAB_DATA to a folder that holds mnist/ ({error})")
+
+
+@pytest.mark.usefixtures("_mnist")
+def test_2nn_reaches_97_percent_within_the_87_rounds_of_mcmahan_2017():
+    """Table 1: 2NN, 100 IID clients, C = 0.1, E = 1, B = 10; here at learning rate 0.1."""
+    experiment = fk.Experiment(dataset="mnist", model="2nn", clients=100, partition="iid", lr=0.1, rounds=87)
+    job = task(experiment)
+    for state, _ in play(start(experiment), {}):
+        result = job.evaluate(state.weights, job.dataset.test)
+        if sum(result.correct) >= 0.97 * sum(result.total):
+            return
+    pytest.fail(f"{sum(result.correct) / sum(result.total):.4f} after {experiment.rounds} rounds")
