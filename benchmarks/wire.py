@@ -20,7 +20,6 @@ JOB = fk.Experiment(dataset="mnist", model="2nn", clients=100, partition="iid", 
 
 CODECS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "int8 both ways": {"uplink": "int8", "downlink": "int8"},
     "stc 1/25 up": {"uplink": "stc", "uplink_keep": 0.04, "server_lr": 2.0},
     "stc 1/25 up, int4 down": {
         "uplink": "stc",
