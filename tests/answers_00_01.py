@@ -9,7 +9,7 @@ STUDENT_FRAME = 14 + 4 * (784 * 64 + 64 + 64 * 32 + 32 + 32 * 10 + 10)
 UP, DOWN = 2 * STUDENT_FRAME, 1 + 2 * STUDENT_FRAME  # SCAFFOLD, one client
 
 RIGHT = {
-    "00-1": [fk.Experiment(clients_per_round=5), fk.Experiment(clients_per_round=5, lr=0.05, clients=50)],
+    "00-1": [fk.Recipe(dtype="int8"), fk.Recipe(dtype="int8", prune_ratio=0.3), fk.Recipe(dtype="int4")],
     "01-1": [0.1, np.float64(0.1), torch.tensor(0.1)],
     "01-2": [
         lambda updates, samples: (torch.tensor(samples) / sum(samples)) @ updates,
@@ -20,13 +20,13 @@ RIGHT = {
 }
 WRONG = {
     "00-1": [
-        (fk.Experiment(), "send 1.00 of the bytes"),
-        (fk.Experiment(clients_per_round=2), "send 0.20 of the bytes"),
-        (fk.Experiment(rounds=10), "Keep the data set, the model and the number of rounds"),
-        (fk.Experiment(model="student"), "Keep the data set, the model"),
-        (fk.Experiment(dropout=0.5), "sure to save bytes"),
-        (fk.Experiment(partition="site"), "cannot be run: partition 'site' needs a dataset with sites"),
-        (5, "Give an experiment"),
+        (fk.Recipe(), "more than a third"),
+        (fk.Recipe(dtype="fp16"), "more than a third"),
+        (fk.Recipe(prune_ratio=0.9), "takes as much room as any other number"),
+        (fk.Recipe(dtype="int8", prune_ratio=0.99), "loses more than three points"),
+        (fk.Recipe(prune="channel", prune_ratio=0.999), "cannot be used"),
+        (fk.Experiment(), "Give a recipe"),
+        ("int8", "Give a recipe"),
     ],
     "01-1": [
         (100.0, "the median is 10. Try a smaller"),

@@ -22,6 +22,12 @@ WRONG = {name: cases for module in ANSWERS for name, cases in module.WRONG.items
 EMPTY = [None, ..., "", [], ()]
 
 
+@pytest.fixture(autouse=True)
+def shared_store(runs_folder, monkeypatch, tmp_path_factory):
+    """Answers that are about one and the same run shall not train it each time."""
+    monkeypatch.setenv("FEDLAB_RUNS", str(tmp_path_factory.getbasetemp() / "exercise-runs"))
+
+
 def test_every_exercise_is_tried_here():
     with pytest.raises(ValueError, match=r"^exercise must be one of 00-1, 01-1, .*, got '99-1'$"):
         check("99-1", 1)

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.rounds import rounds
+from fedlab_kit.deployment.artifact import Artifact, compress
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab.exercises import Hint, exercise
+from fedlab_kit.runs import Run, train
+
+SMALLER, LOSS = 3, 0.03  # at least so many times, at most so much accuracy
 
 
 @exercise("00-1")
-def half_the_uplink(answer: Any) -> str:
-    """An experiment whose clients send half as many bytes in all, with the model and the rounds as they were."""
-    if not isinstance(answer, Experiment):
-        raise Hint("Give an experiment: bench.experiment, or fk.Experiment(...) with the settings you chose.")
-    usual = Experiment()
-    if (answer.dataset, answer.model, answer.rounds) != (usual.dataset, usual.model, usual.rounds):
-        raise Hint("Keep the data set, the model and the number of rounds: another setting halves the bytes too.")
-    if answer.dropout or answer.parents:
-        raise Hint("That changes who answers or what comes before: look for a setting that is sure to save bytes.")
-    share = _uplink_of_a_round(answer) / _uplink_of_a_round(usual)
-    if not 0.45 <= share <= 0.51:
-        raise Hint(f"Your clients send {share:.2f} of the bytes. How many of them speak in one round?")
-    return f"Your clients send {share:.2f} of the bytes. What it costs in accuracy is one Run away."
+def a_third_of_the_file(answer: Any) -> str:
+    """A recipe whose file is at most a third of the uncompressed one and loses at most three points of accuracy."""
+    if not isinstance(answer, Recipe):
+        raise Hint("Give a recipe: bench.recipe, or fk.Recipe(...) with the settings you chose.")
+    run = train(Experiment(model="student", teacher=Experiment()))
+    whole, small = compress(run, Recipe()), _file(run, answer)
+    sizes = f"The file has {small.bytes:,} bytes, the uncompressed one {whole.bytes:,}"
+    if answer.prune == "weight" and answer.dtype == "fp32" and answer.prune_ratio:
+        raise Hint(f"{sizes}: a zero takes as much room as any other number.")
+    if SMALLER * small.bytes > whole.bytes:
+        raise Hint(f"{sizes}: that is more than a third. Which knob changes how many bits a weight takes?")
+    if whole.accuracy - small.accuracy > LOSS:
+        raise Hint(f"{sizes}: small enough, but it loses more than three points of accuracy. Take away less.")
+    return f"{sizes}, and it loses at most three points of accuracy."
 
 
-def _uplink_of_a_round(experiment: Experiment) -> int:
+def _file(run: Run, recipe: Recipe) -> Artifact:
     try:
-        return next(rounds(experiment)).uplink_bytes
+        return compress(run, recipe)
     except ValueError as error:
-        raise Hint(f"That experiment cannot be run: {error}") from None
+        raise Hint(f"That recipe cannot be used: {error}") from None
