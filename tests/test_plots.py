@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedlab_kit.lab import curve, plots
+from fedlab_kit.lab import canvas, curve, plots
 
 
 def records(*accuracies: float) -> list[SimpleNamespace]:
@@ -32,6 +32,13 @@ def texts(figure) -> list[str]:
 )
 def test_bytes_are_written_for_people(count, text):
     assert plots.human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"), [(0.01184, "11.8 µs"), (0.9999, "1 ms"), (12.34, "12.3 ms"), (2500, "2500 ms")]
+)
+def test_milliseconds_are_written_for_people(ms, text):
+    assert canvas.human_ms(ms) == text
 
 
 def test_the_current_run_has_its_band_and_earlier_runs_stand_behind_it():

@@ -26,6 +26,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def human_ms(value: float) -> str:
+    """Return milliseconds to three digits with a fitting unit, e.g. "11.8 µs"."""
+    return f"{three(value)} ms" if value >= 0.9995 else f"{three(1000 * value)} µs"
+
+
 def percent(share: float) -> str:
     """Return a share in 0..1 as, for instance, "87.4 %"."""
     return f"{100 * share:.1f} %"

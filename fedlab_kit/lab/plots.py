@@ -18,6 +18,7 @@ from fedlab_kit.lab.canvas import (
     VERMILLION,
     canvas,
     human_bytes,
+    human_ms,
     percent,
     three,
     to_html,
@@ -61,7 +62,7 @@ AXES = {
     "bytes": Axis("Model file", human_bytes),
     "zstd_bytes": Axis("Model file, compressed with zstd", human_bytes),
     "uplink_bytes": Axis("Uplink of the whole run", human_bytes),
-    "latency_ms": Axis("Latency of one prediction", lambda value: f"{three(value)} ms"),
+    "latency_ms": Axis("Latency of one prediction", human_ms),
     "seconds": Axis("Time of the whole run", lambda value: f"{three(value)} s"),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedlab_kit.deployment.artifact import Artifact, slug
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.lab.canvas import human_bytes, percent, three
+from fedlab_kit.lab.canvas import human_bytes, human_ms, percent
 from fedlab_kit.runs import Run
 from fedlab_kit.sweep import MEASURED
 
@@ -114,7 +114,7 @@ def said(row: Row) -> str:
     return f"{text} Note: {row['note']}." if row["note"] else text
 
 
-def table(rows: Sequence[Row], current: int | None, most: int = 8) -> str:
+def table(rows: Sequence[Row], current: int | None, most: int = 6) -> str:
     """Return the last points, newest first, as an HTML table; the current one is bold."""
     if not rows:
         return ""
@@ -130,7 +130,7 @@ def _line(row: Row, current: bool) -> str:
         percent(row["accuracy"]),
         human_bytes(row["bytes"]),
         human_bytes(row["zstd_bytes"]),
-        f"{three(row['latency_ms'])} ms",
+        human_ms(row["latency_ms"]),
     )
     look = ' class="fedlab-current" aria-current="true"' if current else ""
     return f'<tr{look}><th scope="row">{escape(words(row))}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'

@@ -32,6 +32,7 @@ STYLE = """<style>
   border-collapse: collapse; table-layout: auto; }
 .fedlab-points caption { text-align: left; }
 .fedlab-points th, .fedlab-points td { text-align: left; padding: 2px 10px 2px 0; font-weight: 400; }
+.fedlab-points td { white-space: nowrap; }
 .fedlab-points thead th { color: var(--jp-ui-font-color2, #767676); }
 .fedlab-points .fedlab-current * { font-weight: 600; }
 </style>"""
