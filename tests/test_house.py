@@ -12,8 +12,8 @@ ORDER = [
     "wire.dense", "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "federation.flat",
     "federation.stacked", "federation.task", "federation.masking", "federation.objective",
     "federation.messages", "federation.record", "federation.strategies", "federation.ensemble",
-    "federation.server", "federation.local", "federation.rounds", "store", "runs", "deployment.export",
-    "deployment.measure", "deployment.convert", "deployment.artifact", "deployment.fleet", "sweep",
+    "federation.server", "federation.local", "federation.rounds", "store", "runs", "deployment.measure",
+    "deployment.export", "deployment.convert", "deployment.artifact", "deployment.fleet", "sweep",
     "lab.canvas", "lab.curve", "lab.plots", "lab.session", "lab.points", "lab.compressor", "lab.control",
     "lab.controls", "lab.screen", "lab.bench",
 ]  # fmt: skip
