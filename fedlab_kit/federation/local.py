@@ -74,7 +74,11 @@ def _open(
 
 
 def _objective(job: Task, received: list[Broadcast], states: list[ClientState]) -> Objective:
-    start = torch.stack([broadcast.weights for broadcast in received])
+    first = received[0].weights
+    if all(broadcast.weights is first for broadcast in received):
+        start = first.expand(len(received), -1)  # everybody was sent the same: one copy in memory will do
+    else:
+        start = torch.stack([broadcast.weights for broadcast in received])
     shift = None
     if job.experiment.strategy == "scaffold":
         own = [state.get("control", torch.zeros(start.shape[1])).to(start.device) for state in states]

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlab_kit.compression.prune import prunable_mask
 from fedlab_kit.federation.masking import exchanged, first_mask, grows
 from fedlab_kit.federation.task import OUTCOMES, Task, chance
-from fedlab_kit.wire import Bits, Codec, PayloadError, compensate, finite, make, pack, unpack_all
+from fedlab_kit.wire import Bits, Codec, NotFinite, PayloadError, compensate, make, pack, unpack_all
 
 ClientState = dict[str, Tensor]
 
@@ -96,15 +96,19 @@ def pack_payload(
 
     An empty payload says that training diverged and there is nothing to send. Control variates travel as fp32.
     """
+    try:
+        return _pack_payload(job, round, client, answer, mask, dict(memory))
+    except NotFinite:
+        return b"", dict(memory)
+
+
+def _pack_payload(
+    job: Task, round: int, client: int, answer: Answer, mask: Tensor | None, memory: ClientState
+) -> tuple[bytes, ClientState]:
     experiment, rng = job.experiment, chance(job.experiment, "encode", round, client)
-    vector, memory = _compact(answer.update.cpu(), mask), dict(memory)
-    if not finite(vector) or (answer.control is not None and not finite(answer.control.cpu())):
-        return b"", memory
-    samples, zstd, codec = answer.samples, experiment.zstd, uplink(job)
+    vector, samples, zstd, codec = _compact(answer.update.cpu(), mask), answer.samples, experiment.zstd, uplink(job)
     if experiment.error_feedback and not codec.unbiased:  # what is right on average leaves nothing worth keeping
         residual = _compact(memory.get("residual", torch.zeros(job.model.layout.size)), mask)
-        if not finite(vector + residual):
-            return b"", memory
         frame, left = compensate(vector, residual, codec, rng, samples=samples, zstd=zstd)
         memory["residual"] = _spread(left, mask, job.model.layout.size)
     else:

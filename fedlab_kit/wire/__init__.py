@@ -4,12 +4,13 @@ from . import dense, sparse  # registers the built-in codecs
 from .bits import Bits
 from .codec import CODECS, Codec, codec, make
 from .frame import compensate, pack, unpack, unpack_all
-from .steps import PayloadError, finite
+from .steps import NotFinite, PayloadError, finite
 
 __all__ = [
     "CODECS",
     "Bits",
     "Codec",
+    "NotFinite",
     "PayloadError",
     "codec",
     "compensate",

@@ -26,8 +26,10 @@ class FP32(Codec):
 
     def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
         """`dtype` for each entry; numbers outside its range become its largest."""
-        most = torch.finfo(self.dtype).max
-        return vector.clamp(-most, most).to(self.dtype).numpy().tobytes()
+        if self.dtype != vector.dtype:
+            most = torch.finfo(self.dtype).max
+            vector = vector.clamp(-most, most).to(self.dtype)
+        return vector.numpy().tobytes()
 
     def decode(self, body: bytes, size: int) -> Tensor:
         """The numbers as they came, NaN and infinity included: `unpack` refuses those."""

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from .codec import Codec
-from .steps import PayloadError, finite
+from .steps import NotFinite, PayloadError, finite
 
 HEADER = struct.Struct("<BBIII")
 _FIELDS = struct.Struct("<BBII")
@@ -29,7 +29,7 @@ def pack(codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator
     `zstd` compresses the body where that makes it shorter.
     """
     if not finite(vector):
-        raise ValueError("the update holds NaN or infinity: lower the learning rate")
+        raise NotFinite("the update holds NaN or infinity: lower the learning rate")
     return _frame(codec, codec.encode(vector, rng), samples, zstd)
 
 
@@ -75,7 +75,7 @@ def compensate(
     """
     wanted = update + residual
     if not finite(wanted):
-        raise ValueError("the update holds NaN or infinity: lower the learning rate")
+        raise NotFinite("the update holds NaN or infinity: lower the learning rate")
     body = codec.encode(wanted, rng)
     return _frame(codec, body, samples, zstd), wanted - codec.decode(body, wanted.numel())
 

@@ -19,6 +19,10 @@ class PayloadError(ValueError):
     """A payload is refused; the message is the reason, in a few words."""
 
 
+class NotFinite(ValueError):
+    """An update holds NaN or infinity: training has diverged, and there is nothing to send."""
+
+
 def finite(vector: Tensor) -> bool:
     """Whether every number of a float32 vector on the CPU is finite; numpy looks 40 times as fast as torch."""
     return bool(np.isfinite(vector.numpy()).all())
