@@ -15,12 +15,10 @@ from typing import Any
 
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.experiment import Experiment, Recipe, Settings
-from fedlab_kit.lab.canvas import to_html
 from fedlab_kit.lab.compressor import DELAY, NO_RUN, Compressor
 from fedlab_kit.lab.controls import Controls
-from fedlab_kit.lab.curve import LiveCurve, accuracy_curve, describe_curve
-from fedlab_kit.lab.plots import accuracy_against, describe_points
-from fedlab_kit.lab.points import Row, table
+from fedlab_kit.lab.pictures import CurvePicture, ScatterPicture
+from fedlab_kit.lab.points import Row
 from fedlab_kit.lab.screen import Screen, status
 from fedlab_kit.lab.session import Session, difference
 from fedlab_kit.runs import Run
@@ -48,10 +46,7 @@ class Bench:
         self.session = Session(self._finished, self.controls.complain)
         self.compressor = Compressor(lambda: self.busy, self.controls.complain)
         self._shown = False
-        self._curve_drawn: Any = None
-        self._points_drawn: Any = None
-        self._live: LiveCurve | None = None
-        self._live_of: Experiment | None = None
+        self._curve, self._scatter = CurvePicture(), ScatterPicture()
         self._drawing = Lock()
         self._quiet = Event()
         self._quiet.set()
@@ -163,8 +158,9 @@ class Bench:
             screen.train_status.value = status(self.status)
             before = " A run is under way: the points are of those before it." if busy and self.points else ""
             screen.compress_status.value = status(self.compressor.status + before)
-            self._draw_curve()
-            self._draw_points()
+            screen.curve.value = self._curve.draw(self.session, self.experiment.rounds)
+            screen.scatter.value = self._scatter.draw(self.compressor.points, screen.axis.value)
+            screen.table.value = self._scatter.table
 
     def _changed(self, owner: type[Settings]) -> None:
         if owner is Recipe:
@@ -213,36 +209,6 @@ class Bench:
             with self._drawing:
                 if done := not (active or self.busy or self.compressor.busy):
                     self._quiet.set()
-
-    def _draw_curve(self) -> None:
-        """Draw the curves, unless they are on the screen already: cheaply while a run is under way."""
-        session, records, earlier = self.session, self.session.records, self.session.curves()
-        now = (session.stage, len(records), len(earlier), session.busy)
-        if self._curve_drawn == now:
-            return
-        rounds = (session.stage or self.experiment).rounds
-        alt = describe_curve(records, earlier, rounds)
-        if session.busy:
-            if self._live is None or self._live_of != session.stage:
-                self._live, self._live_of = LiveCurve(earlier, rounds), session.stage
-            self.screen.curve.value = self._live.to_html(records, alt)
-        else:
-            self._live = None
-            self.screen.curve.value = to_html(accuracy_curve(records, earlier, rounds), alt)
-        self._curve_drawn = now
-
-    def _draw_points(self) -> None:
-        """Draw the points, unless they are on the screen already."""
-        points, axis = self.compressor.points, self.screen.axis.value
-        now = (points.all, points.current, points.names, points.hidden, axis)
-        if self._points_drawn == now:
-            return
-        rows, number = points.rows(), points.current.number if points.current else None
-        current = next((index for index, row in enumerate(rows) if row["point"] == number), None)
-        figure = accuracy_against(rows, axis, current=current)
-        self.screen.scatter.value = to_html(figure, describe_points(rows, axis, current))
-        self.screen.table.value = table(rows, number)
-        self._points_drawn = now
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """Show the widgets; where none can be shown, one line that never changes, which notebook tests compare."""
