@@ -123,6 +123,11 @@ def test_accuracy_against_size_draws_the_front_the_names_and_the_current_point()
     assert axes.get_xscale() == "log" and axes.xaxis.get_major_formatter()(2e4, 0) == "20 kB"
 
 
+def test_an_interval_that_rounding_has_turned_over_is_drawn():
+    plots.accuracy_against([{"bytes": 1e4, "accuracy": 1.0, "low": 0.9, "high": 1 - 1e-16}])
+    plots.accuracy_against([{"bytes": 1e4, "accuracy": 0.0, "low": 1e-17, "high": 0.1}])
+
+
 def test_points_that_lack_the_quantity_are_left_out():
     figure = plots.accuracy_against([point(None, 0.8), point(1e4, 0.9), point(float("nan"), 0.7)])
     assert [len(container.lines[0].get_xdata()) for container in figure.axes[0].containers] == [1]

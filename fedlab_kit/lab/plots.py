@@ -86,7 +86,7 @@ def accuracy_against(
     shown = [point for point in points if _positive(point.get(axis))]
     for (color, marker), (name, group) in zip(cycle(STYLES), _groups(shown, kind).items(), strict=False):
         y = [100 * point["accuracy"] for point in group]
-        bars = [[100 * (p["accuracy"] - p["low"]) for p in group], [100 * (p["high"] - p["accuracy"]) for p in group]]
+        bars = [[100 * max(0.0, p[a] - p[b]) for p in group] for a, b in (("accuracy", "low"), ("high", "accuracy"))]
         axes.errorbar(
             [p[axis] for p in group], y, bars, fmt=marker, color=color, markersize=6, elinewidth=0.8, label=name
         )
