@@ -85,8 +85,9 @@ class Dataset:
     """A classification task: four splits, what the labels and sites are called, and how raw values are prepared.
 
     `train` is what the clients share out, `validation` feeds every curve and plot, `public` is unlabelled data that
-    the server may use, `test` is opened by exports and benchmark tables only. Raises ValueError when the tensors do
-    not fit together.
+    the server may use, `test` is opened by exports and benchmark tables only. `features` names a table's columns and
+    travels with an artifact; of two classes the second is the positive one. Raises ValueError when the tensors do not
+    fit together.
     """
 
     name: str
@@ -97,8 +98,11 @@ class Dataset:
     test: Split
     preprocess: Preprocess
     sites: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.features and self.shape != (len(set(self.features)),):
+            raise ValueError(f"dataset {self.name!r}: features must name each of the columns {self.shape} once")
         for name in SPLITS:
             for problem in _problems(self, getattr(self, name)):
                 raise ValueError(f"dataset {self.name!r}, split {name}: {problem}")
@@ -111,7 +115,8 @@ class Dataset:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over everything: names, preprocessing, and each tensor's type, shape and bytes."""
-        digest = hashlib.sha256(repr((self.name, self.classes, self.sites, self.preprocess)).encode())
+        named = (self.name, self.classes, self.sites, self.preprocess, *filter(None, [self.features]))
+        digest = hashlib.sha256(repr(named).encode())
         for name in SPLITS:
             split: Split = getattr(self, name)
             for part, tensor in (("x", split.x), ("y", split.y), ("site", split.site)):

@@ -303,7 +303,10 @@ class Experiment(Settings):
         when={"strategy": ("feddf",)},
     )
     start: Experiment | None = knob(
-        None, "Start", "A finished experiment whose final model is where this one begins.", group="rounds"
+        None,
+        "Start",
+        "A finished experiment whose final model is where this one begins, also on newer data.",
+        group="rounds",
     )
     start_recipe: Recipe | None = knob(
         None, "Start recipe", "What is pruned from that model before round one.", group="rounds"
@@ -420,9 +423,8 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _fits_its_parents(self) -> Self:
-        for name, parent in (("teacher", self.teacher), ("start", self.start)):
-            if parent is not None and parent.dataset != self.dataset:
-                raise ValueError(f"{name} must be trained on dataset {self.dataset!r}, got {parent.dataset!r}")
+        if self.teacher is not None and self.teacher.dataset != self.dataset:
+            raise ValueError(f"teacher must be trained on dataset {self.dataset!r}, got {self.teacher.dataset!r}")
         if self.start is not None and self.start.model != self.model:
             raise ValueError(f"start must have model {self.model!r}, got {self.start.model!r}")
         if self.start_recipe is not None and (self.start is None or self.start_recipe.dtype != "fp32"):

@@ -149,6 +149,15 @@ def test_fine_tuning_keeps_the_zeros_it_starts_from(path):
     assert before[gone].abs().max() <= before[where & ~gone].abs().min()
 
 
+def test_a_model_goes_on_with_newer_data_of_the_same_shape():
+    here = SMALL.replace(dataset="blobs")
+    there = here.replace(dataset="blobs_at_sites", start=here, partition="iid")
+    fk.train(there)  # trains its start first
+    assert torch.equal(task(there).initial, fk.train(here).weights)
+    with pytest.raises(ValueError, match=r"^start must be trained on samples of shape \[1, 12, 12\] in 2 classes, got "):
+        fk.train(there.replace(dataset="tiny_images"))
+
+
 def test_channels_that_are_gone_make_rounds_smaller():
     base = fk.Experiment(dataset="tiny_images", model="tiny_cnn", clients=4, clients_per_round=2, rounds=3)
     pruned = base.replace(start=base, start_recipe=fk.Recipe(prune="channel", prune_ratio=0.5))

@@ -161,6 +161,13 @@ def test_a_split_that_does_not_fit_is_named(split: Split, message: str) -> None:
         toy(public=split)
 
 
+def test_features_name_every_column_once_and_count_in_the_digest() -> None:
+    assert toy(features=("age", "size", "dose")).digest not in (toy().digest, toy(features=("a", "b", "c")).digest)
+    for names in (("age", "size"), ("age", "size", "age")):
+        with pytest.raises(ValueError, match=r"^dataset 'toy': features must name each of the columns \(3,\) once$"):
+            toy(features=names)
+
+
 # Preprocess
 
 

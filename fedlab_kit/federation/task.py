@@ -159,7 +159,12 @@ def _module(experiment: Experiment, dataset: Dataset) -> nn.Module:
     start, recipe = experiment.start, experiment.start_recipe
     if start is None:
         return build(experiment.model, dataset.shape, len(dataset.classes), experiment.seed)
-    parent = task(start).model
+    theirs, parent = task(start).dataset, task(start).model
+    if (theirs.shape, len(theirs.classes)) != (dataset.shape, len(dataset.classes)):
+        raise ValueError(
+            f"start must be trained on samples of shape {list(dataset.shape)} in {len(dataset.classes)} classes, "
+            f"got {list(theirs.shape)} in {len(theirs.classes)} of dataset {theirs.name!r}"
+        )
     parent.weights.copy_(OUTCOMES[start])
     module = deepcopy(parent.module).cpu()
     if recipe is None or recipe.prune_ratio == 0:
