@@ -15,7 +15,7 @@ ORDER = [
     "federation.server", "federation.local", "federation.rounds", "store", "runs", "deployment.measure",
     "deployment.export", "deployment.convert", "deployment.artifact", "deployment.fleet", "sweep",
     "lab.canvas", "lab.curve", "lab.plots", "lab.session", "lab.points", "lab.compressor",
-    "lab.pictures", "lab.control",
+    "lab.report", "lab.export", "lab.pictures", "lab.control",
     "lab.controls", "lab.screen", "lab.bench",
 ]  # fmt: skip
 EMPTY = {"compression", "federation", "deployment", "lab"}  # packages that hold a docstring alone

@@ -1,0 +1,109 @@
+"""`export`: an artifact to take home, as a folder with its card, its settings as code, the points and a report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlab_kit import catalog
+from fedlab_kit.deployment.artifact import Artifact, load
+from fedlab_kit.experiment import Experiment, Recipe
+from fedlab_kit.files import StoreError
+from fedlab_kit.lab.report import report
+from fedlab_kit.runs import Run
+from fedlab_kit.wire import make
+
+CODE, POINTS, REPORT = "reproduce.py", "points.csv", "report.html"
+
+
+def export(folder: str | Path, artifact: Artifact, run: Run, points: Sequence[Mapping[str, Any]]) -> Path:
+    """Write a folder: the artifact, its model card, `reproduce.py`, `points.csv` and `report.html`; return its path.
+
+    The test split is opened here: its accuracy is measured on the exported file and stands on the exported card.
+    `points` are rows as `Bench.points` gives them. The folder appears whole or not at all, and one that holds an
+    export of the same artifact is replaced. Raises StoreError when the folder holds anything else, or when the
+    artifact is damaged or the folder cannot be written.
+    """
+    target = Path(folder).absolute()
+    _refuse_others(target, artifact)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
+            made, old = Path(beside, "made"), Path(beside, "old")
+            made.mkdir()
+            _fill(made, artifact, run, points)
+            if target.exists():
+                os.replace(target, old)
+            os.replace(made, target)
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def reproduce(run: Run, recipe: Recipe, digest: str) -> str:
+    """Return the settings as code: three lines that train and compress the same artifact again."""
+    own = [line for source in _registered(run.experiment) for line in source.splitlines()]
+    head = [
+        f"fedlab-kit {version('fedlab-kit')}, torch {torch.__version__}.",
+        f"On the same kind of processor the file's SHA-256 is {digest}.",
+        *(["Register these first, as it was done in the notebook:", *own] if own else []),
+    ]
+    return (
+        "\n".join(f"# {line}".rstrip() for line in head)
+        + "\nfrom fedlab_kit import Experiment, Recipe, compress, train\n\n"
+        + f"run = train({run.experiment!r})\nartifact = compress(run, {recipe!r})\n"
+    )
+
+
+def _registered(experiment: Experiment) -> list[str]:
+    """Return the source of the models, data sets and codecs that are not built in, of the parents too."""
+    used = []
+    for each in (*experiment.parents, experiment):
+        used += [catalog.lookup("model", each.model), catalog.lookup("dataset", each.dataset)]
+        used += [part for name in (each.uplink, each.downlink) for part in (make(name).encode, make(name).decode)]
+    mine = (thing for thing in used if not thing.__module__.startswith("fedlab_kit."))
+    return list(dict.fromkeys(catalog.source(thing) for thing in mine))
+
+
+def _fill(folder: Path, artifact: Artifact, run: Run, points: Sequence[Mapping[str, Any]]) -> None:
+    """Write all files into a folder that nobody sees yet; the copy is checked against its digest as it is opened."""
+    for file in _files(artifact):
+        shutil.copyfile(artifact.path.with_name(file), folder / file)
+    copy = load(folder / artifact.path.name)
+    copy.test()
+    code = reproduce(run, Recipe(**artifact.card["recipe"]), artifact.digest)
+    (folder / CODE).write_text(code, encoding="utf-8")
+    _write_points(folder / POINTS, points)
+    (folder / REPORT).write_text(report(copy, run, points, code), encoding="utf-8")
+
+
+def _write_points(file: Path, points: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows with the names of their files only: folders of this machine mean nothing elsewhere."""
+    import pandas
+
+    table = pandas.DataFrame([{**point, "path": Path(point["path"]).name} for point in points])
+    table.rename(columns={"path": "file"}).to_csv(file, index=False)
+
+
+def _files(artifact: Artifact) -> tuple[str, str]:
+    return artifact.path.name, f"{artifact.path.name}.json"
+
+
+def _refuse_others(target: Path, artifact: Artifact) -> None:
+    """Raise StoreError, naming it, for anything in the way that is not an earlier export of the same artifact."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise StoreError(f"{target} is a file: name a folder that does not exist yet")
+    mine = {*_files(artifact), CODE, POINTS, REPORT}
+    if others := sorted({path.name for path in target.iterdir()} - mine):
+        raise StoreError(f"{target} holds other files ({', '.join(others[:3])}): name a folder that does not exist yet")

@@ -1,0 +1,120 @@
+"""The report of an export: one HTML page that needs nothing beside it, with the plots as pictures inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fedlab_kit.deployment.artifact import Artifact
+from fedlab_kit.experiment import Recipe
+from fedlab_kit.federation.task import task
+from fedlab_kit.lab import plots
+from fedlab_kit.lab.canvas import human_bytes, human_ms, percent
+from fedlab_kit.partition import label_counts
+from fedlab_kit.runs import Run
+
+DRAWN = 100  # clients; of more, one could not tell one from the other
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1a1a1a; background: #fff; }
+img { display: block; max-width: 100%; height: auto; }
+table { border-collapse: collapse; }
+th, td { text-align: left; vertical-align: top; padding: 2px 1.5rem 2px 0; border-bottom: 1px solid #80808055; }
+th { font-weight: 400; }
+pre { overflow-x: auto; padding: 0.7rem; border: 1px solid #80808055; }
+@media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #181818; } }
+"""
+
+
+def report(artifact: Artifact, run: Run, points: Sequence[Mapping[str, Any]], code: str) -> str:
+    """Return the page: what was measured on the artifact (its test split is open), plots, settings and `code`."""
+    title = f"{run.experiment.model} on {run.dataset.name}: {artifact.path.name}"
+    sections = [
+        ("Measured on the file", _table(measured(artifact, run))),
+        ("Accuracy per round", _curve(run)),
+        ("Accuracy against size", _scatter(artifact, points)),
+        *([("Clients", _clients(run))] if run.experiment.clients <= DRAWN else []),
+        ("Settings", _settings(run, artifact)),
+        ("Make it again", f"<pre>{escape(code)}</pre>"),
+    ]
+    body = "\n".join(f"<section><h2>{heading}</h2>\n{content}</section>" for heading, content in sections)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
+        f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def measured(artifact: Artifact, run: Run) -> dict[str, str]:
+    """Say what the artifact's file and its run measured, with units."""
+    test, about = artifact.card["test"], run.measured
+    note = {"Note": artifact.note} if artifact.note else {}
+    return {
+        "Accuracy on test": _with_interval(test["accuracy"], *test["interval"]),
+        "Accuracy on validation": _with_interval(artifact.accuracy, *artifact.interval),
+        "File": f"{human_bytes(artifact.bytes)} ({artifact.bytes:,} bytes)",
+        "File, compressed with zstd": f"{human_bytes(artifact.zstd_bytes)} ({artifact.zstd_bytes:,} bytes)",
+        "Latency of one prediction": f"{human_ms(artifact.latency_ms)}, {artifact.threads} thread",
+        "Parameters": f"{artifact.parameters:,}, {percent(artifact.sparsity)} of the stored weights are zero",
+        "Uplink, all rounds": human_bytes(run.uplink_bytes),
+        "Downlink, all rounds": human_bytes(run.downlink_bytes),
+        "Trained": f"{len(run.records)} rounds in {about['seconds']:.1f} s, {about['when']}, {about['machine']}",
+        "SHA-256": artifact.digest,
+        **note,
+    }
+
+
+def _with_interval(share: float, low: float, high: float) -> str:
+    return f"{percent(share)} (95 % interval {percent(low)} to {percent(high)})"
+
+
+def _curve(run: Run) -> str:
+    return plots.to_html(plots.accuracy_curve(run.records), plots.describe_curve(run.records))
+
+
+def _scatter(artifact: Artifact, points: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the points by both sizes, the exported one ringed."""
+    current = next((i for i, point in enumerate(points) if Path(point["path"]).name == artifact.path.name), None)
+    return "\n".join(
+        plots.to_html(
+            plots.accuracy_against(points, axis, current=current), plots.describe_points(points, axis, current)
+        )
+        for axis in ("bytes", "zstd_bytes")
+    )
+
+
+def _clients(run: Run) -> str:
+    """Draw who held which labels, and how the final model fares for each client."""
+    data, shards = run.dataset, task(run.experiment).shards
+    held = label_counts(data.train.y, shards, len(data.classes))
+    accuracy, low, high = run.client_accuracy()
+    worst = int(accuracy.argmin())
+    name = data.sites[worst] if data.sites else f"client {worst}"
+    about_labels = f"Samples of each of {len(data.classes)} labels that each of {len(shards)} clients held."
+    about_clients = (
+        f"Accuracy on validation of the trained model for each of {len(accuracy)} clients: {percent(accuracy.mean())} "
+        f"on average, {percent(accuracy[worst])} for {name}, the worst."
+    )
+    drawn = plots.client_accuracy(accuracy.tolist(), low.tolist(), high.tolist(), data.sites)
+    return (
+        plots.to_html(plots.label_counts(held.tolist(), data.classes), about_labels)
+        + "\n"
+        + plots.to_html(drawn, about_clients)
+    )
+
+
+def _settings(run: Run, artifact: Artifact) -> str:
+    """Return the settings that differ from the defaults, and all of them folded below."""
+    changed, every = run.experiment.changes(), dict(run.experiment)
+    recipe = Recipe(**artifact.card["recipe"])
+    chosen = {name: value for name, value in every.items() if name in changed} | dict(recipe)
+    return f"{_table(chosen)}\n<details><summary>All settings</summary>{_table({**every, **dict(recipe)})}</details>"
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = (f'<tr><th scope="row">{escape(k)}</th><td>{escape(str(value))}</td></tr>' for k, value in rows.items())
+    return f"<table>{''.join(lines)}</table>"

@@ -1,0 +1,143 @@
+"""Exported folders: whole or absent, measured on the exported file, and really reproducible from the code in them."""
+
+import json
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import onnxruntime
+import pandas
+import pytest
+
+import fedlab_kit as fk
+from fedlab_kit.deployment.artifact import load
+from fedlab_kit.files import StoreError
+from fedlab_kit.lab.export import export, reproduce
+from fedlab_kit.lab.points import Point
+
+EXPERIMENT = fk.Experiment(
+    model="student", clients=4, clients_per_round=3, rounds=2, alpha=1.0, teacher=fk.Experiment(rounds=1)
+)
+RECIPE = fk.Recipe(prune_ratio=0.3, dtype="int8")
+
+
+@pytest.fixture(scope="module")
+def run() -> fk.Run:
+    return fk.train(EXPERIMENT)
+
+
+@pytest.fixture(scope="module")
+def artifact(run, tmp_path_factory) -> fk.Artifact:
+    return fk.compress(run, RECIPE, tmp_path_factory.mktemp("artifacts"))
+
+
+@pytest.fixture(scope="module")
+def points(run, artifact, tmp_path_factory) -> list[dict]:
+    plain = fk.compress(run, fk.Recipe(), tmp_path_factory.mktemp("artifacts"))
+    return [Point(1, run, fk.Recipe(), plain).row("the <baseline>"), Point(2, run, RECIPE, artifact).row()]
+
+
+@pytest.fixture(scope="module")
+def folder(run, artifact, points, tmp_path_factory) -> Path:
+    return export(tmp_path_factory.mktemp("room") / "team one", artifact, run, points)
+
+
+class Page(HTMLParser):
+    """What a page refers to, and what its pictures say."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.alts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        self.alts += [value for name, value in attributes if tag == "img" and name == "alt"]
+        assert tag not in ("script", "link", "iframe")
+
+
+def test_the_folder_holds_five_files_and_nothing_is_left_beside_it(folder, artifact):
+    names = {artifact.path.name, f"{artifact.path.name}.json", "reproduce.py", "points.csv", "report.html"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert list(folder.parent.iterdir()) == [folder]
+    assert load(folder / artifact.path.name).digest == artifact.digest
+
+
+def test_the_exported_card_has_the_test_accuracy_of_the_exported_file(folder, artifact, run):
+    card = json.loads((folder / f"{artifact.path.name}.json").read_text())
+    session = onnxruntime.InferenceSession(folder / artifact.path.name)
+    logits = session.run(None, {"x": run.dataset.test.x.numpy()})[0]
+    assert card["test"]["accuracy"] == (logits.argmax(1) == run.dataset.test.y.numpy()).mean()
+    low, high = card["test"]["interval"]
+    assert low < card["test"]["accuracy"] < high
+    assert "test" not in artifact.card and "test" not in load(artifact.path).card  # the store keeps its test split shut
+
+
+def test_the_code_reproduces_the_artifact_in_another_process(folder, artifact, tmp_path):
+    code = (folder / "reproduce.py").read_text()
+    lines = [line for line in code.splitlines() if line and not line.startswith("#")]
+    assert len(lines) == 3
+    prelude, check = "import torch; torch.set_num_threads(1)\n", "\nprint(artifact.digest)"
+    environment = {**os.environ, "FEDLAB_RUNS": str(tmp_path / "empty")}
+    arguments = [sys.executable, "-c", prelude + code + check]
+    printed = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == artifact.digest
+    assert artifact.digest in code
+
+
+def test_code_tells_what_was_registered_by_hand(tmp_path):
+    own = fk.Experiment(dataset="blobs", model="norm_net", clients=3, clients_per_round=3, rounds=1)
+    run = fk.train(fk.Experiment(dataset="blobs", model="norm_net", clients=3, clients_per_round=3, rounds=1))
+    code = reproduce(run, fk.Recipe(), "0" * 64)
+    assert "# Register these first" in code and "# def norm_net(" in code and "# def blobs(" in code
+    assert f"run = train({own!r})" in code
+    compile(code, "reproduce.py", "exec")
+
+
+def test_the_table_is_that_of_the_points_without_folders_of_this_machine(folder, points):
+    table = pandas.read_csv(folder / "points.csv")
+    assert table["accuracy"].tolist() == [point["accuracy"] for point in points]
+    assert table["file"].tolist() == [point["path"].name for point in points]
+    assert table["name"].tolist()[0] == "the <baseline>"
+    assert str(points[0]["path"].parent) not in (folder / "points.csv").read_text()
+
+
+def test_the_report_needs_nothing_beside_it_and_reads_without_its_pictures(folder, artifact):
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert len(page.alts) == 5 and all(page.alts)
+    assert "2 points, " in page.alts[1] and "the current one has" in page.alts[1]
+    assert "prefers-color-scheme: dark" in text and "url(" not in text and "@import" not in text
+    assert f"({artifact.bytes:,} bytes)" in text and artifact.digest in text and "alpha" in text
+
+
+def test_an_export_again_replaces_its_own_and_nothing_else(folder, artifact, run, points, tmp_path):
+    mine = export(tmp_path / "mine", artifact, run, points[:1])
+    (mine / "points.csv").unlink()  # as a person might
+    assert export(mine, artifact, run, points) == mine
+    assert len(pandas.read_csv(mine / "points.csv")) == 2
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(StoreError, match=r"mine holds other files \(thesis\.txt\): name a folder"):
+        export(mine, artifact, run, points)
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(StoreError, match=r"thesis\.txt is a file"):
+        export(mine / "thesis.txt", artifact, run, points)
+
+
+def test_nothing_is_left_of_an_export_that_fails(artifact, run, points, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedlab_kit.lab.export._write_points", full)
+        with pytest.raises(StoreError, match=r"cannot write .*out: No space left on device"):
+            export(tmp_path / "out", artifact, run, points)
+    damaged = fk.compress(run, fk.Recipe(dtype="fp16"), tmp_path / "damaged")
+    damaged.path.write_bytes(damaged.path.read_bytes()[:-9])
+    with pytest.raises(StoreError, match="truncated or altered"):
+        export(tmp_path / "out", damaged, run, points)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
