@@ -26,7 +26,7 @@ from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import ServerState
 from fedlab_kit.federation.task import OUTCOMES, strata, task
-from fedlab_kit.partition import label_counts
+from fedlab_kit.partition import label_counts, partition
 from fedlab_kit.statistics import Z95, wilson
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire import make
@@ -135,37 +135,46 @@ class Run:
         return max(spent)
 
     def client_accuracy(self, record: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return accuracy, low and high (95 %) per client, each [clients], after one of the rounds.
+        """Return accuracy, low and high (95 %) per client, each [clients], after one of the rounds."""
+        return client_accuracy(self.experiment, self.records[record])
 
-        Clients that are sites are measured on their site's validation samples. Elsewhere clients differ in their
-        label mix alone, so the accuracies per class are weighted by the client's own mix (post-stratification):
-        every validation sample counts for every client, and no client is judged on what it trained on.
-        """
-        job, seen = task(self.experiment), self.records[record]
-        total = np.maximum(np.array(seen.total, dtype=float), 1)
-        rate = np.array(seen.correct) / total
-        mix = label_counts(strata(self.experiment, job.dataset.train), job.shards, len(total)).numpy()
-        mix = mix / mix.sum(1, keepdims=True)
-        # Agresti and Coull's two extra hits and misses keep the spread of a class above zero at 0 % and 100 %.
-        smooth = (np.array(seen.correct) + 2) / (total + 4)
-        half = Z95 * np.sqrt((mix**2) @ (smooth * (1 - smooth) / (total + 4)))
-        mean = mix @ rate
-        return mean, np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1)
+
+def client_accuracy(experiment: Experiment, record: RoundRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return accuracy, low and high (95 %) per client, each [clients], after the round of a record.
+
+    Clients that are sites are measured on their site's validation samples. Elsewhere clients differ in their
+    label mix alone, so the accuracies per class are weighted by the client's own mix (post-stratification):
+    every validation sample counts for every client, and no client is judged on what it trained on.
+    """
+    e, dataset = experiment, load(experiment.dataset)
+    shards = partition(dataset, e.partition, e.clients, e.alpha, e.seed)
+    total = np.maximum(np.array(record.total, dtype=float), 1)
+    rate = np.array(record.correct) / total
+    mix = label_counts(strata(e, dataset.train), shards, len(total)).numpy()
+    mix = mix / mix.sum(1, keepdims=True)
+    # Agresti and Coull's two extra hits and misses keep the spread of a class above zero at 0 % and 100 %.
+    smooth = (np.array(record.correct) + 2) / (total + 4)
+    half = Z95 * np.sqrt((mix**2) @ (smooth * (1 - smooth) / (total + 4)))
+    mean = mix @ rate
+    return mean, np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1)
 
 
 def train(
-    experiment: Experiment, stop: Event | None = None, progress: Callable[[RoundRecord], None] | None = None
+    experiment: Experiment,
+    stop: Event | None = None,
+    progress: Callable[[RoundRecord], None] | None = None,
+    store: Path | None = None,
 ) -> Run:
     """Run an experiment, or answer it from the store, or go on where it stopped.
 
     `progress` is called with every record, stored ones at once. Setting `stop` ends the run before its next batch;
     the rounds so far are kept, and the same call later goes on to the same final weights. Another notebook that
-    trains the same experiment at this moment is waited for. Raises ValueError for an impossible experiment and
-    OSError when the store cannot be read or written.
+    trains the same experiment at this moment is waited for. `store` is another folder to keep runs in than
+    `runs_folder()`. Raises ValueError for an impossible experiment and OSError when the store is unreadable or full.
     """
-    folder = RunFolder(path_of(experiment))
+    folder = RunFolder((store or runs_folder()) / identify(experiment))
     tell = progress or (lambda record: None)
-    _train_parents(experiment, stop)
+    _train_parents(experiment, stop, store)
     with folder.locked(stop):
         state, records = folder.load(experiment)
         for record in records:
@@ -182,10 +191,10 @@ def train(
         return _run(folder, state, records, from_store)
 
 
-def _train_parents(experiment: Experiment, stop: Event | None) -> None:
+def _train_parents(experiment: Experiment, stop: Event | None, store: Path | None = None) -> None:
     """Make the final models at hand that the experiment learns or starts from. ValueError if one has none."""
     for parent in experiment.parents:
-        run = train(parent, stop)
+        run = train(parent, stop, store=store)
         if run.status == "diverged":
             raise ValueError(f"the experiment that this one needs has diverged: {parent!r}")
         if run.status == "stopped":

@@ -106,12 +106,19 @@ class RunFolder:
         """Write what was asked, and when, where and in how many seconds it was measured."""
         about = {
             "experiment": experiment.changes(),
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            **when_and_where(),
             "torch": torch.__version__,
             "seconds": sum(record.seconds for record in records),
         }
         write_bytes(self.path / "experiment.json", json.dumps(about, indent=1).encode())
+
+
+def when_and_where() -> dict[str, str]:
+    """Return the time (UTC, to the second) and the machine of a measurement, as it stands beside every figure."""
+    return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
 
 
 def _line(record: RoundRecord) -> str:

@@ -79,6 +79,7 @@ def test_sizes_digest_and_card_are_those_of_the_files(run: fk.Run) -> None:
     assert artifact.card["recipe"]["dtype"] == "int8"
     assert artifact.card["parameters_before"] == artifact.parameters == 21_840
     assert "test" not in artifact.card  # nobody asked
+    assert artifact.card["when"].endswith("+00:00") and "cores" in artifact.card["machine"]
     assert artifact.threads == 1
     assert artifact.latency_ms > 0
     assert artifact.throughput > 0

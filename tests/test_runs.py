@@ -268,6 +268,14 @@ def test_clients_that_are_sites_are_measured_on_their_own_site():
     assert run.client_accuracy()[0] == pytest.approx(expected)
 
 
+def test_another_store_may_be_named_for_an_experiment_and_what_it_needs(tmp_path, runs_folder):
+    taught = SMALL.replace(teacher=SMALL.replace(seed=8))
+    run = fk.train(taught, store=tmp_path / "spare")
+    assert run.path.parent == tmp_path / "spare" and not runs_folder.exists()
+    assert len(list(run.path.parent.iterdir())) == 2
+    assert fk.train(taught).weights.equal(run.weights)
+
+
 def test_train_within_another_thread_than_evaluate():
     found = []
     thread = threading.Thread(target=lambda: found.append(fk.train(SMALL)))

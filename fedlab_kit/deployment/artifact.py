@@ -18,6 +18,7 @@ from fedlab_kit.deployment.export import export
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import StoreError, write_bytes
 from fedlab_kit.runs import Run
+from fedlab_kit.store import when_and_where
 
 LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
 SAMPLES = 8  # on which torch and the exported graph must agree
@@ -105,6 +106,7 @@ def compress(run: Run, recipe: Recipe, folder: Path | str | None = None, test: b
             "parameters_before": before,
             "digest": _digest(path.read_bytes()),
             "measured": measured,
+            **when_and_where(),
         }
         _write_card(path, card)
     except BaseException:
