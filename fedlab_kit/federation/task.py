@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from zlib import crc32
 
 import numpy as np
@@ -66,16 +67,21 @@ class Task:
         """How many training samples the client holds."""
         return len(self.shards[client])
 
+    @cached_property
+    def _validation(self) -> list[Tensor]:
+        """The validation inputs, which every round needs, preprocessed once."""
+        return list(self._chunks(self.dataset.validation))
+
+    def _chunks(self, split: Split, chunk: int = 500) -> Iterable[Tensor]:
+        return (self.dataset.preprocess(raw) for raw in split.x.to(self.experiment.device).split(chunk))
+
     @torch.no_grad()
-    def logits(self, weights: Tensor, split: Split, chunk: int = 500) -> Tensor:
+    def logits(self, weights: Tensor, split: Split) -> Tensor:
         """Return what the model with `weights` [P] answers on a whole split, as logits [n, classes]."""
         self.model.weights.copy_(weights)
         self.model.module.eval()
-        answers = []
-        for raw in split.x.to(self.experiment.device).split(chunk):
-            x = self.dataset.preprocess(raw)
-            answers.append(self.stack.logits(weights, x) if self.stack else self.model.module(x))
-        return torch.cat(answers)
+        chunks = self._validation if split is self.dataset.validation else self._chunks(split)
+        return torch.cat([self.stack.logits(weights, x) if self.stack else self.model.module(x) for x in chunks])
 
     def on_grid(self, weights: Tensor) -> Tensor:
         """Return `weights` [P] or [clients, P] rounded to the grid of `qat`; the same tensor when that is off."""

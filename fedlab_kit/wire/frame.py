@@ -9,11 +9,11 @@ checksum finds accidents; it cannot find a forged payload, which takes authentic
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
+from zlib_ng.zlib_ng import crc32
 
 from .codec import Codec
 from .steps import NotFinite, PayloadError, finite
@@ -88,7 +88,7 @@ def _frame(codec: Codec, body: bytes, samples: int, zstd: bool) -> bytes:
         packed = zstandard.ZstdCompressor().compress(body)
         flags, body = (ZSTD, packed) if len(packed) < len(body) else (0, body)
     fields = _FIELDS.pack(codec.id, flags, samples, len(body))
-    return fields + zlib.crc32(body, zlib.crc32(fields)).to_bytes(4, "little") + body
+    return fields + crc32(body, crc32(fields)).to_bytes(4, "little") + body
 
 
 def _body(payload: bytes, start: int, codec: Codec, size: int) -> tuple[bytes, int, int]:
@@ -104,7 +104,7 @@ def _body(payload: bytes, start: int, codec: Codec, size: int) -> tuple[bytes, i
     if end > len(payload):
         raise PayloadError(f"truncated: {length} bytes announced, {len(payload) - first} came")
     body = payload[first:end]
-    if zlib.crc32(body, zlib.crc32(_FIELDS.pack(number, flags, samples, length))) != checksum:
+    if crc32(body, crc32(_FIELDS.pack(number, flags, samples, length))) != checksum:
         raise PayloadError("the checksum does not match")
     return (_inflate(body, codec.limit(size)) if flags else body), samples, end
 
