@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fedlab_kit import hospitals as hospitals  # registers its data sets
 from fedlab_kit.catalog import dataset, model
 from fedlab_kit.data import Dataset, Preprocess, Split
 from fedlab_kit.deployment.artifact import Artifact, compress

@@ -82,7 +82,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification task: four splits, what the labels and sites are called, and how raw values are prepared.
+    """A classification task: four splits, what labels, sites and features are called, and how raw values are prepared.
 
     `train` is what the clients share out, `validation` feeds every curve and plot, `public` is unlabelled data that
     the server may use, `test` is opened by exports and benchmark tables only. `features` names a table's columns and

@@ -154,7 +154,9 @@ def test_a_model_goes_on_with_newer_data_of_the_same_shape():
     there = here.replace(dataset="blobs_at_sites", start=here, partition="iid")
     fk.train(there)  # trains its start first
     assert torch.equal(task(there).initial, fk.train(here).weights)
-    with pytest.raises(ValueError, match=r"^start must be trained on samples of shape \[1, 12, 12\] in 2 classes, got "):
+    with pytest.raises(
+        ValueError, match=r"^start must be trained on samples of shape \[1, 12, 12\] in 2 classes, got "
+    ):
         fk.train(there.replace(dataset="tiny_images"))
 
 
