@@ -23,8 +23,8 @@ from fedlab_kit import catalog
 from fedlab_kit.data import Dataset, load
 from fedlab_kit.experiment import SCHEMA, Experiment
 from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.rounds import play
-from fedlab_kit.federation.server import ServerState
+from fedlab_kit.federation.rounds import Exchange, in_process, play
+from fedlab_kit.federation.server import ServerState, start
 from fedlab_kit.federation.task import OUTCOMES, strata, task
 from fedlab_kit.partition import label_counts, partition
 from fedlab_kit.statistics import Z95, wilson
@@ -164,37 +164,44 @@ def train(
     stop: Event | None = None,
     progress: Callable[[RoundRecord], None] | None = None,
     store: Path | None = None,
+    exchange: Exchange = in_process,
 ) -> Run:
     """Run an experiment, or answer it from the store, or go on where it stopped.
 
     `progress` is called with every record, stored ones at once. Setting `stop` ends the run before its next batch;
     the rounds so far are kept, and the same call later goes on to the same final weights. Another notebook that
     trains the same experiment at this moment is waited for. `store` is another folder to keep runs in than
-    `runs_folder()`. Raises ValueError for an impossible experiment and OSError when the store is unreadable or full.
+    `runs_folder()`; `exchange` carries the messages, see `play`. Raises ValueError for an impossible experiment and
+    OSError when the store is unreadable or full.
     """
     folder = RunFolder((store or runs_folder()) / identify(experiment))
     tell = progress or (lambda record: None)
-    _train_parents(experiment, stop, store)
+    engine = "in process" if exchange is in_process else "flower"
+    _train_parents(experiment, stop, store, exchange)
     with folder.locked(stop):
         state, records = folder.load(experiment)
+        if not (from_store := _over(state, records)) and folder.out_of_reach(engine):
+            state, records = start(experiment), []
         for record in records:
             tell(record)
-        if from_store := _over(state, records):
+        if from_store:
             return _run(folder, state, records, from_store)
-        folder.prepare(experiment, records)
-        for latest, record in play(state, folder.clients, stop):
+        folder.prepare(experiment, records, engine)
+        for latest, record in play(state, folder.clients, stop, exchange):
             state = latest
             folder.commit(state, record)
             records.append(record)
             tell(record)
-        folder.describe(experiment, records)
+        folder.describe(experiment, records, engine)
         return _run(folder, state, records, from_store)
 
 
-def _train_parents(experiment: Experiment, stop: Event | None, store: Path | None = None) -> None:
+def _train_parents(
+    experiment: Experiment, stop: Event | None, store: Path | None = None, exchange: Exchange = in_process
+) -> None:
     """Make the final models at hand that the experiment learns or starts from. ValueError if one has none."""
     for parent in experiment.parents:
-        run = train(parent, stop, store=store)
+        run = train(parent, stop, store=store, exchange=exchange)
         if run.status == "diverged":
             raise ValueError(f"the experiment that this one needs has diverged: {parent!r}")
         if run.status == "stopped":

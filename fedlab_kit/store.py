@@ -83,12 +83,18 @@ class RunFolder:
         """Return what `describe` wrote."""
         return json.loads((self.path / "experiment.json").read_text())
 
-    def prepare(self, experiment: Experiment, records: list[RoundRecord]) -> None:
+    def out_of_reach(self, engine: str) -> bool:
+        """Whether going on would need what clients kept on another engine, or in a Flower run that is over."""
+        if not any(self.clients.folder.glob("*.safetensors")):
+            return False
+        return "flower" in (engine, self.about().get("engine"))
+
+    def prepare(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:
         """Do away with whatever a kill left behind the last whole round."""
         lines = "".join(_line(record) for record in records)
         write_bytes(self.path / "records.jsonl", lines.encode())
         self.clients.rewind(len(records))
-        self.describe(experiment, records)
+        self.describe(experiment, records, engine)
 
     def commit(self, state: ServerState, record: RoundRecord) -> None:
         """Write one round."""
@@ -102,12 +108,13 @@ class RunFolder:
         write_tensors(self.path / "state.safetensors", tensors, {"round": str(state.round)})
         self.clients.settle(state.round)
 
-    def describe(self, experiment: Experiment, records: list[RoundRecord]) -> None:
-        """Write what was asked, and when, where and in how many seconds it was measured."""
+    def describe(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:
+        """Write what was asked, and when, where, on what engine and in how many seconds it was measured."""
         about = {
             "experiment": experiment.changes(),
             **when_and_where(),
             "torch": torch.__version__,
+            "engine": engine,
             "seconds": sum(record.seconds for record in records),
         }
         write_bytes(self.path / "experiment.json", json.dumps(about, indent=1).encode())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.masking import dense_gradient, grows
-from fedlab_kit.federation.messages import Answer, Broadcast, ClientState, open_broadcast, pack_payload
+from fedlab_kit.federation.messages import Answer, Broadcast, ClientState, keep, open_broadcast, pack_payload
 from fedlab_kit.federation.objective import Objective
 from fedlab_kit.federation.task import Task, chance, task
 from fedlab_kit.wire.privacy import clip, poisson_sample, private_gradient
@@ -91,14 +91,10 @@ def _answer(
     job: Task, round: int, client: int, trained: Tensor, got: Broadcast, steps: int, state: ClientState
 ) -> tuple[Answer, ClientState]:
     """Return what the client has to say and what it keeps until it is next asked."""
-    experiment, memory = job.experiment, dict(state)
+    experiment, memory = job.experiment, keep(job.experiment, got, state)
     update, control, growth = trained - got.weights, None, None
     if experiment.privacy == "client":
         update = clip(update, experiment.clip_norm)
-    if experiment.downlink != "fp32":
-        memory["copy"] = got.weights.cpu()
-    if got.mask is not None and experiment.mask_schedule != "fixed":
-        memory["mask"] = got.mask.cpu()
     if got.control is not None:
         # Option II of Karimireddy et al. 2020: the mean gradient that was really used becomes the control.
         own = state.get("control", torch.zeros_like(update)).to(update.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.compression.prune import prunable_mask
+from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.masking import exchanged, first_mask, grows
 from fedlab_kit.federation.task import OUTCOMES, Task, chance
 from fedlab_kit.wire import Bits, Codec, NotFinite, PayloadError, compensate, make, pack, unpack_all
@@ -87,6 +88,16 @@ def open_broadcast(job: Task, message: bytes, memory: ClientState) -> Broadcast:
         weights = weights + (known if mask is None else known * mask.to(device))
     control = vectors[1].to(device) if experiment.strategy == "scaffold" else None
     return Broadcast(weights, control, None if mask is None else mask.to(device))
+
+
+def keep(experiment: Experiment, got: Broadcast, memory: ClientState) -> ClientState:
+    """Return `memory` with what the client must still hold when its next broadcast comes."""
+    memory = dict(memory)
+    if experiment.downlink != "fp32":
+        memory["copy"] = got.weights.cpu()
+    if got.mask is not None and experiment.mask_schedule != "fixed":
+        memory["mask"] = got.mask.cpu()
+    return memory
 
 
 def pack_payload(

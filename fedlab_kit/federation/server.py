@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from math import isfinite
 
@@ -19,6 +20,8 @@ from fedlab_kit.federation.task import Task, chance, task
 from fedlab_kit.statistics import wilson
 from fedlab_kit.wire import PayloadError
 from fedlab_kit.wire.privacy import noisy_mean, poisson_sample
+
+NOBODY: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -89,16 +92,26 @@ def broadcast(
     return messages, replace(state, sent={client: len(message) for client, message in messages.items()})
 
 
-def server_step(state: ServerState, payloads: Mapping[int, bytes]) -> tuple[ServerState, RoundRecord]:
+def without(state: ServerState, unreached: AbstractSet[int]) -> ServerState:
+    """Return the state without the bytes of broadcasts that were never handed over."""
+    return replace(state, sent={client: 0 if client in unreached else n for client, n in state.sent.items()})
+
+
+def server_step(
+    state: ServerState, payloads: Mapping[int, bytes], silent: Mapping[int, str] = NOBODY
+) -> tuple[ServerState, RoundRecord]:
     """Decode the payloads by client id, combine them, take the strategy's step, evaluate.
 
     The mean is weighted by samples over those who answered (McMahan et al. 2017); if nobody did, the model stays as
-    it is. The record's `seconds` are left 0 for the loop to fill in.
+    it is. `silent` says why a client sent nothing; the record lists it among the refused. The record's `seconds` are
+    left 0 for the loop to fill in.
     """
     experiment, job = state.experiment, task(state.experiment)
     answers, refused = _receive(job, state, payloads)
+    refused = tuple(sorted((*refused, *silent.items())))
     weights, slots = _combine(job, state, answers)
-    weights, slots = _prune(job, state, answers, weights, _heard(slots, list(answers)))
+    heard = _heard(slots, list(answers), [client for client, _ in refused])
+    weights, slots = _prune(job, state, answers, weights, heard)
     result = job.evaluate(weights, job.dataset.validation)
     finite = isfinite(result.loss) and (bool(answers) or any(payloads.values()) or not payloads)
     hits, total = sum(result.correct), sum(result.total)
@@ -173,11 +186,12 @@ def _aggregate(job: Task, state: ServerState, answers: list[Answer]) -> Tensor:
     return mean(updates, [answer.samples for answer in answers])
 
 
-def _heard(slots: Slots, clients: list[int]) -> Slots:
-    """Note who has the mask and the teacher for certain: those who answered."""
+def _heard(slots: Slots, answered: list[int], refused: list[int]) -> Slots:
+    """Note who has the mask and the teacher for certain: those who answered, and no longer those who were refused."""
     noted: Slots = {name: slots[name].clone() for name in ("told", "taught") if name in slots}
     for flags in noted.values():
-        flags[clients] = True
+        flags[answered] = True
+        flags[refused] = False
     return {**slots, **noted}
 
 
