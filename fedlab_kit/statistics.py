@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from math import sqrt
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 
@@ -13,3 +17,48 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = Z95 / (1 + z2 / total) * sqrt(share * (1 - share) / total + z2 / (4 * total**2))
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # rounding must not cross the share
+
+
+def auc_interval(auc: float, positives: int, negatives: int) -> tuple[float, float]:
+    """Return the 95 % interval (low, high) of an area under the ROC curve measured on so many of each class, >= 1.
+
+    Newcombe's score interval (2006, part 2, method 5): the areas whose own spread, by Hanley and McNeil's formula,
+    would still give the one that was measured. It keeps a width at an area of 1, where DeLong's has none.
+    """
+    from scipy.optimize import brentq
+
+    extra = (positives + negatives) / 2 - 1
+
+    def spread(area: float) -> float:
+        rise = extra * ((1 - area) / (2 - area) + area / (1 + area))
+        return Z95 * sqrt(area * (1 - area) * (1 + rise) / (positives * negatives))
+
+    edge = 1e-9  # at 0 and 1 the spread is zero, a root that is not meant
+    low = brentq(lambda area: auc - area - spread(area), 0, min(auc, 1 - edge)) if auc > edge else 0.0
+    high = brentq(lambda area: area - auc - spread(area), max(auc, edge), 1) if auc < 1 - edge else 1.0
+    return min(auc, float(low)), max(auc, float(high))
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval (low, high) of the mean of at least two values, by 1,000 bootstrap resamples."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    rng = np.random.default_rng(0)
+    found = bootstrap((values,), np.mean, n_resamples=1000, method="percentile", rng=rng).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def paired_loss(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float, float]:
+    """Compare answers right (True) or wrong, bool [n], of two models on the same n >= 1 samples.
+
+    Returns the share that got lost, its 95 % interval (low, high; Agresti and Min 2005, half a sample in each of the
+    four cells), and McNemar's exact one-sided p against "nothing got lost".
+    """
+    from scipy.stats import binomtest
+
+    worse, better, total = int((before & ~after).sum()), int((~before & after).sum()), len(before)
+    p = binomtest(worse, worse + better, alternative="greater").pvalue if worse + better else 1.0
+    middle = (worse - better) / (total + 2)
+    half = Z95 * sqrt((worse + better + 1) / (total + 2) - middle**2) / sqrt(total + 2)
+    return (worse - better) / total, max(-1.0, middle - half), min(1.0, middle + half), float(p)

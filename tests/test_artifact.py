@@ -42,9 +42,9 @@ def run() -> fk.Run:
 
 def stand_in(run: fk.Run, model: nn.Module) -> Any:
     """A run with another model."""
-    return SimpleNamespace(
-        model=model.eval(), experiment=run.experiment, dataset=run.dataset, shards=run.shards, key="0" * 20, path=None
-    )
+    names = ("experiment", "dataset", "shards", "records", "uplink_bytes", "downlink_bytes")
+    same = {name: getattr(run, name) for name in names}
+    return SimpleNamespace(model=model.eval(), key="0" * 20, path=None, **same)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=slug)

@@ -28,6 +28,22 @@ def blobs_at_sites() -> Dataset:
     return Dataset("blobs_at_sites", ("a", "b", "c"), *splits, Preprocess(0.5, 2.0), sites=SITES)
 
 
+def clinics() -> Dataset:
+    """Healthy or sick by four named measurements, at three sites; the last has two sick patients in each split."""
+    splits = []
+    for seed, n in enumerate((240, 120, 30, 120)):
+        generator = torch.Generator().manual_seed(seed)
+        site = torch.arange(n) % len(SITES)
+        y = torch.randint(0, 2, (n,), generator=generator)
+        y[site == 2] = 0
+        y[torch.nonzero(site == 2)[:2]] = 1
+        x = torch.randn(n, 4, generator=generator) * torch.tensor([1.0, 2.0, 5.0, 0.1])
+        splits.append(Split(x + y[:, None] * torch.tensor([1.5, 2.0, 0.0, 0.0]), y, site))
+    recipe = Preprocess((0.75, 1.0, 0.0, 0.0), (1.2, 2.2, 5.0, 0.1))
+    names = ("age", "dose", "size", "grain")
+    return Dataset("clinics", ("healthy", "sick"), *splits, recipe, sites=SITES, features=names)
+
+
 def tiny_images() -> Dataset:
     """Random 1x12x12 bytes in two classes that differ in brightness."""
     splits = []
@@ -63,7 +79,7 @@ def wrapped_cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def register() -> None:
     """Put all of these into the catalog; called once by the tests' conftest."""
-    for maker in (blobs, blobs_at_sites, tiny_images):
+    for maker in (blobs, blobs_at_sites, clinics, tiny_images):
         catalog.dataset(maker)
     for maker in (norm_net, wrapped, tiny_cnn, wrapped_cnn):
         catalog.model(maker)

@@ -170,6 +170,12 @@ def _origin(run: Run, recipe: Recipe) -> dict[str, Any]:
             "classes": list(run.dataset.classes),
             "sites": list(run.dataset.sites),
         },
+        "training": {
+            "rounds": len(run.records),
+            "seconds": sum(record.seconds for record in run.records),
+            "uplink_bytes": run.uplink_bytes,
+            "downlink_bytes": run.downlink_bytes,
+        },
         "preprocess": run.dataset.preprocess.to_dict(),
         "input": {
             "name": "x",

@@ -1,0 +1,150 @@
+"""Evaluation in each hospital on its own held-out patients, with intervals; and who is hurt by a smaller file.
+
+Two classes, of which the second is the positive one. Below five patients of a class nothing is estimated from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedlab_kit import data
+from fedlab_kit.data import Dataset, Split
+from fedlab_kit.deployment.artifact import Artifact
+from fedlab_kit.statistics import auc_interval, mean_interval, paired_loss, wilson
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+LEAST = 5  # patients of a class, below which an estimate would be a guess
+MARGIN = 0.05  # share of patients whose loss nobody would accept
+METRICS = ("accuracy", "auc", "sensitivity", "specificity", "brier", "calibration")
+COSTS = ("latency_ms", "bytes", "zstd_bytes")
+TRAFFIC = ("uplink_bytes", "downlink_bytes")
+EVERYONE = "all"
+
+
+def evaluate(
+    artifacts: Mapping[str, Artifact] | Artifact, split: str = "validation", dataset: Dataset | None = None
+) -> DataFrame:
+    """Return a row for each artifact and site, and one for all patients together.
+
+    Columns: `artifact`, `site`, `patients`, `positive`; `accuracy`, `auc`, `sensitivity`, `specificity`, `brier` (the
+    Brier score) and `calibration` (mean risk minus the share that is positive), each with its 95 % interval in
+    `<name>_low` and `<name>_high`, NaN where not estimable, which `note` explains; what the file costs (`latency_ms`,
+    `bytes`, `zstd_bytes`) and what its training sent. `dataset` is the one trained on unless another is given. Raises
+    ValueError for an unknown split or more than two classes.
+    """
+    import pandas
+
+    rows = []
+    for name, artifact in _named(artifacts).items():
+        part, groups = _groups(artifact, split, dataset)
+        risk, y = artifact.predict(part.x)[:, 1], part.y.numpy()
+        costs = {cost: getattr(artifact, cost) for cost in COSTS}
+        sent = {key: artifact.card["training"][key] for key in TRAFFIC}
+        for site, where in groups.items():
+            rows.append({"artifact": name, "site": site, **measure(risk[where], y[where]), **costs, **sent})
+    return pandas.DataFrame(rows)
+
+
+def measure(risk: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """What one hospital reports: metrics with intervals of the predicted risk float [n] of labels 0 or 1 [n]."""
+    from sklearn.metrics import brier_score_loss, roc_auc_score
+
+    sick, called = y == 1, risk > 0.5
+    positive, negative = int(sick.sum()), int((~sick).sum())
+    few = {"sensitivity": positive < LEAST, "specificity": negative < LEAST}
+    few |= dict.fromkeys(("auc", "brier", "calibration"), any(few.values())) | {"accuracy": len(y) < LEAST}
+    row: dict[str, Any] = {f"{name}{end}": np.nan for name in METRICS for end in ("", "_low", "_high")}
+    for name, wanted in (("accuracy", sick | True), ("sensitivity", sick), ("specificity", ~sick)):
+        if not few[name]:
+            hits, total = int((called == sick)[wanted].sum()), int(wanted.sum())
+            row |= _with_interval(name, hits / total, wilson(hits, total))
+    if not few["auc"]:
+        auc = float(roc_auc_score(sick, risk))
+        row |= _with_interval("auc", auc, auc_interval(auc, positive, negative))
+        row |= _with_interval("brier", float(brier_score_loss(sick, risk)), mean_interval((risk - sick) ** 2))
+        row |= _with_interval("calibration", float((risk - sick).mean()), mean_interval(risk - sick))
+    missing = [name for name in METRICS if few[name]]
+    counts = f"({positive} positive, {negative} negative)"
+    row["note"] = f"not estimable: {', '.join(missing)} {counts}" if missing else ""
+    return {"patients": len(y), "positive": positive, **row}
+
+
+def compare(
+    baseline: Artifact,
+    artifacts: Mapping[str, Artifact] | Artifact,
+    split: str = "validation",
+    of: str = "accuracy",
+    dataset: Dataset | None = None,
+) -> DataFrame:
+    """Return, for each artifact and site, what its patients lose against the baseline, patient by patient.
+
+    `of` is "accuracy", "sensitivity" or "specificity". `loss` is a share of the patients that count, with its 95 %
+    interval `low` to `high`; `p` is McNemar's exact test against "nothing lost". `verdict`: "hurt" when p is at most
+    0.05 over the number of sites; else "unclear" when the interval reaches a loss of 5 points; else "fine"; "not
+    estimable" below five patients. A good row for all patients excuses no hospital. Raises ValueError for another `of`.
+    """
+    import pandas
+
+    rates = {"accuracy": (0, 1), "sensitivity": (1,), "specificity": (0,)}
+    if of not in rates:
+        raise ValueError(f"of must be one of {', '.join(rates)}, got {of!r}")
+    part, groups = _groups(baseline, split, dataset)
+    y, rows = part.y.numpy(), []
+    counts = np.isin(y, rates[of])
+    before = baseline.predict(part.x).argmax(1) == y
+    for name, artifact in _named(artifacts).items():
+        after = artifact.predict(part.x).argmax(1) == y
+        for site, where in groups.items():
+            pairs = before[where & counts], after[where & counts]
+            tests = 1 if site == EVERYONE else len(groups) - 1
+            rows.append({"artifact": name, "site": site, "of": of, **_loss(*pairs, level=0.05 / tests)})
+    return pandas.DataFrame(rows)
+
+
+def readable(table: DataFrame, columns: tuple[str, ...] = METRICS) -> DataFrame:
+    """Return the table of `evaluate` for people: each metric as text, "0.93 (0.88 to 0.96)" or "not estimable"."""
+    shown = table[["artifact", "site", "patients", "positive"]].copy()
+    for name in columns:
+        triples = table[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
+        shown[name] = [f"{m:.2f} ({low:.2f} to {high:.2f})" if m == m else "not estimable" for m, low, high in triples]
+    return shown
+
+
+def _named(artifacts: Mapping[str, Artifact] | Artifact) -> Mapping[str, Artifact]:
+    return {artifacts.path.stem: artifacts} if isinstance(artifacts, Artifact) else artifacts
+
+
+def _groups(artifact: Artifact, split: str, dataset: Dataset | None) -> tuple[Split, dict[str, np.ndarray]]:
+    """The split, and which of its samples belong to each site and to all."""
+    if split not in data.SPLITS:
+        raise ValueError(f"split must be one of {', '.join(data.SPLITS)}, got {split!r}")
+    known = dataset or data.load(artifact.card["experiment"]["dataset"])
+    if len(known.classes) != 2:
+        raise ValueError(f"dataset must have two classes to have positives, {known.name!r} has {len(known.classes)}")
+    part: Split = getattr(known, split)
+    return part, dict(_sites(part, known.sites))
+
+
+def _sites(part: Split, names: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    for number, name in enumerate(names):
+        yield name, (part.site == number).numpy()  # type: ignore[union-attr]  # a Dataset with sites has them
+    yield EVERYONE, np.ones(len(part), bool)
+
+
+def _with_interval(name: str, value: float, interval: tuple[float, float]) -> dict[str, float]:
+    return {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
+
+
+def _loss(before: np.ndarray, after: np.ndarray, level: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"patients": len(before), "worse": int((before & ~after).sum())}
+    row["better"] = int((~before & after).sum())
+    if len(before) < LEAST:
+        return {**row, **dict.fromkeys(("loss", "low", "high", "p"), np.nan), "verdict": "not estimable"}
+    loss, low, high, p = paired_loss(before, after)
+    verdict = "hurt" if p <= level else "unclear" if high >= MARGIN else "fine"
+    return {**row, "loss": loss, "low": low, "high": high, "p": p, "verdict": verdict}

@@ -1,0 +1,164 @@
+"""Evaluation per site: every figure by hand or by an oracle, what cannot be estimated, and who is hurt."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom
+from sklearn.metrics import roc_auc_score
+
+import fedlab_kit as fk
+from fedlab_kit.data import load
+from fedlab_kit.deployment import evaluate as room
+from fedlab_kit.deployment.evaluate import METRICS, compare, evaluate, measure, readable
+from fedlab_kit.statistics import auc_interval, mean_interval, paired_loss, wilson
+
+EXPERIMENT = fk.Experiment(
+    dataset="clinics", model="logistic", partition="site", clients=3, clients_per_round=3, rounds=10, lr=0.2
+)
+
+
+@pytest.fixture(scope="module")
+def artifact() -> fk.Artifact:
+    return fk.compress(fk.train(EXPERIMENT), fk.Recipe())
+
+
+def stand_in(answers: np.ndarray) -> SimpleNamespace:
+    """Something that answers the validation split with these classes."""
+    card = {"experiment": {"dataset": "clinics"}, "training": {"uplink_bytes": 1, "downlink_bytes": 2}}
+    return SimpleNamespace(predict=lambda x: np.eye(2)[answers], card=card, latency_ms=1.0, bytes=1, zstd_bytes=1)
+
+
+# intervals
+
+
+@given(st.floats(0, 1), st.integers(1, 300), st.integers(1, 300))
+def test_the_interval_of_an_area_holds_it_and_is_a_mirror_image(auc, m, n):
+    low, high = auc_interval(auc, m, n)
+    assert 0 <= low <= auc <= high <= 1 and low < high
+    assert auc_interval(1 - auc, m, n) == pytest.approx((1 - high, 1 - low), abs=1e-6)
+
+
+def test_the_interval_of_an_area_holds_the_true_one_as_often_as_it_says():
+    rng, truth = np.random.default_rng(1), 0.9214  # of two normals 2 apart: Phi(2 / sqrt 2)
+    y, held = np.repeat([0, 1], [30, 15]), 0
+    for _ in range(400):
+        low, high = auc_interval(float(roc_auc_score(y, rng.normal(2.0 * y))), 15, 30)
+        held += low <= truth <= high
+    assert 0.92 <= held / 400 <= 0.99
+
+
+def test_an_area_of_one_has_a_width_that_shrinks_with_patients():
+    lows = [auc_interval(1.0, n, n)[0] for n in (5, 20, 200)]
+    assert lows == sorted(lows) and lows[0] < 0.75 and lows[2] > 0.97
+
+
+def test_the_interval_of_a_mean_is_the_same_each_time_and_near_the_normal_one():
+    values = np.random.default_rng(2).normal(3, 2, 400)
+    low, high = mean_interval(values)
+    assert (low, high) == mean_interval(values)
+    assert (low, high) == pytest.approx((values.mean() - 0.196, values.mean() + 0.196), abs=0.03)
+
+
+def test_paired_loss_by_hand():
+    before = np.array([True] * 10 + [False] * 10)
+    after = before.copy()
+    after[:4], after[10:11] = False, True
+    loss, low, high, p = paired_loss(before, after)
+    assert loss == 3 / 20 and low < loss < high
+    assert p == pytest.approx(binom.sf(3, 5, 0.5))  # four or five of five
+    assert paired_loss(before, before)[0] == 0.0 and paired_loss(before, before)[3] == 1.0
+    assert paired_loss(after, before)[:3] == pytest.approx((-loss, -high, -low))
+
+
+# one hospital
+
+
+def test_metrics_by_hand():
+    y = np.repeat([0, 1], [10, 10])
+    risk = np.repeat([0.1, 0.9, 0.9, 0.1], [8, 2, 7, 3])
+    row = measure(risk, y)
+    assert (row["patients"], row["positive"], row["note"]) == (20, 10, "")
+    assert [row[name] for name in ("accuracy", "sensitivity", "specificity")] == [0.75, 0.7, 0.8]
+    assert (row["sensitivity_low"], row["sensitivity_high"]) == wilson(7, 10)
+    assert row["auc"] == pytest.approx((56 + (14 + 24) / 2) / 100)  # pairs in order, and half of the ties
+    assert row["brier"] == pytest.approx(0.75 * 0.01 + 0.25 * 0.81)
+    assert row["calibration"] == pytest.approx((9 * 0.9 + 11 * 0.1) / 20 - 0.5)
+
+
+def test_below_five_of_a_class_it_says_so_with_the_counts():
+    row = measure(np.full(20, 0.2), np.repeat([0, 1], [16, 4]))
+    assert row["note"] == "not estimable: auc, sensitivity, brier, calibration (4 positive, 16 negative)"
+    assert row["accuracy"] == 0.8 and row["specificity"] == 1.0
+    assert all(np.isnan(row[name]) for name in ("auc", "auc_low", "sensitivity", "brier", "calibration_high"))
+    assert measure(np.array([]), np.array([]))["note"].startswith("not estimable: accuracy, auc, ")
+
+
+# the table
+
+
+def test_the_table_holds_what_each_site_measures_on_its_own_patients(artifact):
+    table, split = evaluate({"float": artifact}), load("clinics").validation
+    assert list(table.site) == ["north", "south", "west", "all"]
+    assert list(table.patients) == [40, 40, 40, 120] and table.positive.iloc[2] == 2
+    hits = artifact.predict(split.x).argmax(1) == split.y.numpy()
+    assert list(table.accuracy) == [*(hits[split.site.numpy() == k].mean() for k in range(3)), hits.mean()]
+    assert table.accuracy.iloc[-1] == artifact.accuracy
+    west = table.iloc[2]
+    assert np.isnan(west.auc) and "(2 positive, 38 negative)" in west.note
+    assert set(table.bytes) == {artifact.bytes} and set(table.uplink_bytes) == {fk.train(EXPERIMENT).uplink_bytes}
+
+
+def test_people_read_intervals_and_plain_words(artifact):
+    shown = readable(evaluate(artifact))
+    assert shown.auc.iloc[2] == "not estimable"
+    assert shown.sensitivity.iloc[0].count(".") == 3 and " to " in shown.sensitivity.iloc[0]
+    assert list(shown.columns[4:]) == list(METRICS)
+
+
+def test_what_cannot_be_evaluated_is_named(artifact):
+    with pytest.raises(ValueError, match=r"^split must be one of train, validation, public, test, got 'all'$"):
+        evaluate(artifact, split="all")
+    with pytest.raises(ValueError, match="must have two classes to have positives, 'blobs_at_sites' has 3"):
+        evaluate(artifact, dataset=load("blobs_at_sites"))
+    with pytest.raises(ValueError, match="of must be one of accuracy, sensitivity, specificity, got 'auc'"):
+        compare(artifact, artifact, of="auc")
+
+
+# who is hurt
+
+
+def test_a_hospital_that_is_hurt_is_flagged_though_the_mean_is_better():
+    split = load("clinics").validation
+    y, site = split.y.numpy(), split.site.numpy()
+    rng = np.random.default_rng(3)
+    before = np.where(rng.random(120) < 0.2, 1 - y, y)
+    before[site == 1] = y[site == 1]  # the south was all right
+    after = y.copy()
+    after[np.flatnonzero(site == 1)[:8]] ^= 1  # and loses eight patients; everyone else gains
+    table = compare(stand_in(before), {"small": stand_in(after)})
+    assert list(table.verdict) == ["fine", "hurt", "fine", "fine"]
+    assert table.loss.iloc[-1] < 0 and table.p.iloc[1] == pytest.approx(0.5**8)
+    assert (table.worse.iloc[1], table.better.iloc[1], table.loss.iloc[1]) == (8, 0, 0.2)
+
+
+def test_few_patients_are_unclear_rather_than_fine():
+    y = load("clinics").validation.y.numpy()
+    same = compare(stand_in(y), {"same": stand_in(y)}, of="sensitivity")
+    assert list(same.verdict[:3]) == ["unclear" if n < 60 else "fine" for n in same.patients[:2]] + ["not estimable"]
+    assert list(compare(stand_in(y), {"same": stand_in(y)}).verdict)[:3] == ["fine"] * 3
+
+
+def test_a_class_is_paired_by_itself():
+    split = load("clinics").validation
+    y = split.y.numpy()
+    lost = np.where((y == 1) & (split.site.numpy() == 0), 0, y)
+    sensitivity = compare(stand_in(y), {"blind": stand_in(lost)}, of="sensitivity").iloc[0]
+    specificity = compare(stand_in(y), {"blind": stand_in(lost)}, of="specificity").iloc[0]
+    assert (sensitivity.verdict, sensitivity.loss, specificity.worse) == ("hurt", 1.0, 0)
+
+
+def test_the_rule_is_the_one_that_is_stated():
+    assert (room.LEAST, room.MARGIN) == (5, 0.05)
