@@ -11,6 +11,7 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import rounds
 from fedlab_kit.lab.exercises import check
+from fedlab_kit.lab.leaderboard import leaderboard
 from fedlab_kit.runs import Run, find, history, train
 from fedlab_kit.sweep import sweep
 from fedlab_kit.wire import Codec, codec
@@ -36,6 +37,7 @@ __all__ = [
     "dataset",
     "find",
     "history",
+    "leaderboard",
     "model",
     "rounds",
     "sweep",

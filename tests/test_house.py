@@ -16,7 +16,7 @@ ORDER = [
     "deployment.export", "deployment.convert", "deployment.artifact", "deployment.evaluate", "deployment.fleet",
     "sweep",
     "lab.canvas", "lab.curve", "lab.plots", "lab.session", "lab.points", "lab.compressor",
-    "lab.report", "lab.export", "lab.pictures", "lab.control",
+    "lab.report", "lab.export", "lab.leaderboard", "lab.pictures", "lab.control",
     "lab.controls", "lab.screen", "lab.bench",
 ]  # fmt: skip
 EMPTY = {"compression", "federation", "deployment", "lab"}  # packages that hold a docstring alone

@@ -54,7 +54,8 @@ def reproduce(run: Run, recipe: Recipe, digest: str) -> str:
     own = [line for source in _registered(run.experiment) for line in source.splitlines()]
     head = [
         f"fedlab-kit {version('fedlab-kit')}, torch {torch.__version__}.",
-        f"On the same kind of processor the file's SHA-256 is {digest}.",
+        "On the same kind of processor the file's SHA-256 is",
+        digest,
         *(["Register these first, as it was done in the notebook:", *own] if own else []),
     ]
     return (
