@@ -14,7 +14,7 @@ ORDER = [
     "federation.messages", "federation.record", "federation.strategies", "federation.ensemble",
     "federation.server", "federation.local", "federation.rounds", "store", "runs", "deployment.measure",
     "deployment.export", "deployment.convert", "deployment.artifact", "deployment.evaluate", "deployment.fleet",
-    "sweep",
+    "training", "sweep",
     "lab.canvas", "lab.curve", "lab.plots", "lab.session", "lab.points", "lab.compressor",
     "lab.report", "lab.export", "lab.leaderboard", "lab.pictures", "lab.control",
     "lab.controls", "lab.screen", "lab.bench",

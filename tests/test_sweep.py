@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedlab_kit as fk
+from fedlab_kit import training
 from fedlab_kit.deployment.fleet import choose
 from fedlab_kit.sweep import pareto, spread, sweep
 
@@ -35,6 +36,12 @@ def test_wrong_fields_and_values_are_answered_before_anything_is_trained(runs_fo
         sweep(SMALL, {"depth": [1]})
     with pytest.raises(ValueError, match="lr must be above 0"):
         sweep(SMALL, {"lr": [0.1, -1]})
+    with pytest.raises(ValueError, match="grid must give a list of values for dtype, got 'int8'"):
+        sweep(SMALL, {"dtype": "int8"})
+    with pytest.raises(ValueError, match="grid must give a list of values for seed, got 3"):
+        sweep(SMALL, {"seed": 3})
+    with pytest.raises(ValueError, match="grid must give at least one value for alpha, got none"):
+        sweep(SMALL, {"alpha": []})
     assert not runs_folder.exists()
 
 
@@ -55,11 +62,78 @@ def test_stop_keeps_what_is_there_and_goes_on_later():
     assert [s for s in seen if s[2] == "experiments trained"] == [(1, 1, "experiments trained")]
 
 
-def test_built_in_experiments_are_trained_in_processes(runs_folder):
-    experiment = fk.Experiment(model="logistic", rounds=1, clients=4, clients_per_round=2)
-    table = sweep(experiment, {"seed": [1, 2, 3]})
-    assert len(table) == 3
-    assert all(fk.find(experiment.replace(seed=s)).from_store for s in (1, 2, 3))
+TINY = fk.Experiment(model="logistic", rounds=1, clients=4, clients_per_round=2)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A second process is started with the first round."""
+    monkeypatch.setattr(training, "PATIENCE", 0.0)
+    monkeypatch.setattr(training.os, "cpu_count", lambda: 2)
+
+
+def test_a_second_process_trains_what_it_is_given_and_counts(runs_folder, impatient):
+    second = training.SecondProcess([TINY, TINY.replace(seed=1)])
+    second.start_if_it_pays()
+    second.start_if_it_pays()
+    assert second._process.wait(60) == 0
+    second.end()
+    assert second.done == 2
+    assert fk.find(TINY).from_store and fk.find(TINY.replace(seed=1)).from_store
+
+
+def test_a_second_process_ends_when_its_parent_says_so(runs_folder, impatient):
+    second = training.SecondProcess([TINY.replace(rounds=100_000)])
+    second.start_if_it_pays()
+    second.end()
+    assert second._process.poll() is not None and second.done == 0
+
+
+def test_both_processes_together_train_everything_once(runs_folder, impatient):
+    seen = []
+    table = sweep(TINY, {"seed": [1, 2, 3, 4]}, progress=lambda *news: seen.append(news))
+    assert len(table) == 4 and len(list(runs_folder.glob("*/experiment.json"))) == 4
+    counts = [done for done, of, words in seen if words == "experiments trained"]
+    assert counts == sorted(counts) and counts[-1] == 4
+
+
+def test_what_only_this_process_knows_is_trained_here(impatient):
+    second = training.SecondProcess([SMALL])
+    second.start_if_it_pays()
+    assert second._process is None
+    second.end()
+
+
+def test_an_interrupted_sweep_ends_the_second_process_and_goes_on_later(runs_folder, impatient, monkeypatch):
+    ended = []
+    monkeypatch.setattr(training.SecondProcess, "end", lambda second: ended.append(second))
+
+    def interrupt(done, of, words):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(SMALL, {"seed": [1, 2, 3]}, progress=interrupt)
+    assert len(ended) == 1 and fk.find(SMALL.replace(seed=1)) is not None
+
+
+def test_a_stop_while_the_teacher_trains_is_no_error():
+    stop = threading.Event()
+    stop.set()
+    assert len(sweep(SMALL.replace(teacher=SMALL.replace(seed=3)), {"seed": [1, 2]}, stop=stop)) == 0
+
+
+def test_without_fields_of_the_recipe_a_row_is_the_fp32_file():
+    table = sweep(SMALL, {"rounds": [1, 2]})
+    for row, rounds in zip(table.itertuples(), (1, 2), strict=True):
+        assert row.bytes == fk.compress(fk.train(SMALL.replace(rounds=rounds)), fk.Recipe()).bytes
+
+
+def test_a_point_that_cannot_be_had_says_why_and_the_others_are_measured():
+    table = sweep(fk.Experiment(model="mlp", rounds=4), {"lr": [0.05, 10.0]})
+    good, bad = table.to_dict("records")
+    assert good["note"] == "" and good["front"]
+    assert bad["note"].startswith("diverged")
+    assert np.isnan(bad["accuracy"]) and np.isnan(bad["bytes"]) and not bad["front"] and bad["path"] is None
 
 
 def test_spread_over_seeds():
@@ -67,10 +141,18 @@ def test_spread_over_seeds():
     together = spread(table)
     assert list(together["dtype"]) == ["fp32", "fp16"] and list(together["points"]) == [2, 2]
     fp32 = table[table["dtype"] == "fp32"]["accuracy"]
-    assert together["accuracy"][0] == pytest.approx(fp32.mean())
-    assert together["accuracy_sd"][0] == pytest.approx(fp32.std())
+    first = together.iloc[0]
+    assert first["accuracy"] == pytest.approx(fp32.mean()) and first["accuracy_sd"] == pytest.approx(fp32.std())
+    assert (first["low"], first["high"]) == (fp32.min(), fp32.max())
+    assert together["front"].any()
     with pytest.raises(ValueError, match="over must be a column"):
         spread(table, over="alpha")
+
+
+def test_spread_of_seeds_alone_and_of_settings_that_may_be_none():
+    assert list(spread(sweep(SMALL, {"seed": [1, 2]}))["points"]) == [2]
+    taught = spread(sweep(SMALL, {"teacher": [None, SMALL], "seed": [1, 2]}))
+    assert list(taught["points"]) == [2, 2]
 
 
 def test_front_by_hand():
@@ -78,6 +160,7 @@ def test_front_by_hand():
     cost, gain = [1, 3, 2, 2, 4], [0.5, 0.6, 0.7, 0.7, 0.9]
     assert pareto(cost, gain) == [True, False, True, True, True]
     assert pareto([], []) == []
+    assert pareto([1, float("nan"), 2], [0.5, 0.9, float("nan")]) == [True, False, False]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1))
