@@ -257,7 +257,7 @@ def identify(experiment: Experiment) -> str:
         "experiment": experiment.changes(),
         "versions": [version("fedlab-kit"), torch.__version__],
         "data": load(experiment.dataset).digest,
-        "source": [catalog.source(thing) for thing in used if not thing.__module__.startswith("fedlab_kit.")],
+        "source": [catalog.source(thing) for thing in used if not (thing.__module__ or "").startswith("fedlab_kit.")],
         "parents": [identify(parent) for parent in experiment.parents],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]

@@ -7,7 +7,8 @@ import fedlab_kit
 
 ROOT = Path(fedlab_kit.__file__).parent
 ORDER = [
-    "experiment", "catalog", "statistics", "files", "download", "data", "clinic", "hospitals", "partition", "models",
+    "settings", "experiment", "catalog", "statistics", "files", "download", "data", "clinic", "hospitals",
+    "partition", "models",
     "compression.prune", "compression.quantize", "compression.distill", "wire.steps", "wire.codec", "wire.bits",
     "wire.dense", "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "federation.flat",
     "federation.stacked", "federation.task", "federation.masking", "federation.objective",

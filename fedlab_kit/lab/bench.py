@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from fedlab_kit.deployment.artifact import Artifact
-from fedlab_kit.experiment import Experiment, Recipe, Settings
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab.compressor import DELAY, NO_RUN, Compressor
 from fedlab_kit.lab.controls import Controls
 from fedlab_kit.lab.pictures import CurvePicture, ScatterPicture
@@ -22,6 +22,7 @@ from fedlab_kit.lab.points import Row
 from fedlab_kit.lab.screen import Screen, status
 from fedlab_kit.lab.session import Session, difference
 from fedlab_kit.runs import Run
+from fedlab_kit.settings import Settings
 
 TEXT = "fk.Bench: run this notebook to see and use the workbench."
 PAUSE = 0.1  # seconds between two looks at a run under way

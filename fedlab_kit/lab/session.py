@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from threading import Event, Lock, Thread
 
-from fedlab_kit.experiment import Experiment, Settings
+from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.lab.canvas import percent
 from fedlab_kit.lab.curve import Curve
 from fedlab_kit.runs import Run, train
+from fedlab_kit.settings import Settings
 
 
 class Session:

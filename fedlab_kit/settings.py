@@ -1,0 +1,91 @@
+"""What a setting is: a field with its range and its words, a frozen value, an error of one line."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+def knob(
+    default: Any,
+    label: str,
+    help: str,
+    *,
+    group: str,
+    step: float | None = None,
+    span: tuple[float, float] | None = None,
+    log: bool = False,
+    source: str | None = None,
+    when: dict[str, tuple[str, ...]] | None = None,
+    **bounds: Any,
+) -> Any:
+    """Declare a field together with everything that a control needs to know about it.
+
+    `bounds` are pydantic's ge, gt, le, lt. `step`, `span` (the useful range) and `log` shape a slider, `source`
+    names a catalog to choose from ("model", "dataset"), `when` says for which other settings the field matters.
+    """
+    extra: dict[str, Any] = {"group": group, "step": step, "span": span, "log": log, "source": source, "when": when}
+    return Field(default, title=label, description=help, json_schema_extra=extra, **bounds)
+
+
+class Settings(BaseModel):
+    """A frozen, validated value whose errors are one line: the field, what is allowed, and what came.
+
+    Raises ValueError on an unknown field, a wrong type, or a value out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_sentence(type(self), error)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, validated like a new value."""
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults, as JSON-ready values (nested settings likewise)."""
+        return {name: _plain(value) for name, value in self.__repr_args__()}
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def __repr_args__(self) -> list[tuple[str, Any]]:
+        fields = type(self).model_fields
+        return [(name, getattr(self, name)) for name in fields if getattr(self, name) != fields[name].default]
+
+
+def _plain(value: Any) -> Any:
+    return value.changes() if isinstance(value, Settings) else value
+
+
+_LIMITS = {"Ge": ("at least", "ge"), "Gt": ("above", "gt"), "Le": ("at most", "le"), "Lt": ("below", "lt")}
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+
+
+def _sentence(owner: type[Settings], error: ValidationError) -> str:
+    """Word the first validation error as one line that names the field, what is allowed and what came."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return f"{name} is not a field of {owner.__name__}; its fields are {', '.join(owner.model_fields)}"
+    return f"{name} must be {allowed(owner, name)}, got {first['input']!r}"
+
+
+def allowed(owner: type[Settings], name: str) -> str:
+    """Say in words which values a field takes, e.g. "at least 0 and below 1" or "one of fp32, fp16"."""
+    field = owner.model_fields[name]
+    if get_origin(field.annotation) is Literal:
+        return "one of " + ", ".join(get_args(field.annotation))
+    rules = [(_LIMITS.get(type(rule).__name__), rule) for rule in field.metadata]
+    limits = [f"{words[0]} {getattr(rule, words[1])}" for words, rule in rules if words]
+    kind = _KINDS.get(field.annotation, re.sub(r"(\w+\.)+", "a ", str(field.annotation)))  # type: ignore[arg-type]
+    whole = [kind] if not limits or field.annotation is int else []
+    return ", ".join([*whole, *([" and ".join(limits)] if limits else [])])
