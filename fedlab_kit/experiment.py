@@ -187,6 +187,24 @@ class Experiment(Settings):
         span=(0, 0.9),
         step=0.05,
     )
+    devices: Literal["equal", "unequal", "sliced"] = knob(
+        "equal",
+        "Devices",
+        "Unequal: from workstation to bedside monitor, each with its own speed and link. Sliced: besides, a device too "
+        "small for the model trains a narrow slice of it.",
+        group="data",
+    )
+    deadline: float = knob(
+        0.0,
+        "Deadline",
+        "Seconds after which a round no longer waits for an answer; 0 waits for all.",
+        group="data",
+        ge=0,
+        le=1e6,
+        span=(0, 5),
+        step=0.1,
+        when={"devices": ("unequal", "sliced")},
+    )
     mask_ratio: float = knob(
         0.0,
         "Mask ratio",
@@ -379,6 +397,11 @@ class Experiment(Settings):
             raise ValueError(f"strategy must be a plain mean for client-level privacy, got {self.strategy!r}")
         if self.privacy == "record" and (self.teacher is not None or self.qat != "off"):
             raise ValueError("privacy must be off or client together with a teacher or qat, got 'record'")
+        if self.devices == "sliced" and self.strategy in ("scaffold", "feddf", "median"):
+            raise ValueError(f"strategy must be a mean of updates for sliced devices, got {self.strategy!r}")
+        pruned = self.start_recipe is not None and self.start_recipe.prune == "weight"
+        if self.devices == "sliced" and (self.mask_ratio or self.privacy == "client" or pruned):
+            raise ValueError("devices must be equal or unequal with a mask or client-level privacy, got 'sliced'")
         if self.clients_per_round > self.clients:
             raise ValueError(
                 f"clients_per_round must be at most clients ({self.clients}), got {self.clients_per_round}"

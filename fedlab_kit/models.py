@@ -30,6 +30,16 @@ def build(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Modu
     return built
 
 
+def flops(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Count the floating-point operations of the float model on one sample; a multiply-add is two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.zeros(1, *shape, device=next(model.parameters()).device))
+    return counter.get_total_flops()
+
+
 def _check_output(name: str, built: nn.Module, shape: tuple[int, ...], classes: int) -> None:
     built.eval()
     try:

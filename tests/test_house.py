@@ -11,7 +11,7 @@ ORDER = [
     "partition", "models",
     "compression.prune", "compression.quantize", "compression.distill", "wire.steps", "wire.codec", "wire.bits",
     "wire.dense", "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "federation.flat",
-    "federation.stacked", "federation.task", "federation.masking", "federation.objective",
+    "federation.stacked", "federation.task", "federation.devices", "federation.masking", "federation.objective",
     "federation.messages", "federation.record", "federation.strategies", "federation.ensemble",
     "federation.server", "federation.local", "federation.rounds", "store", "runs", "deployment.measure",
     "deployment.export", "deployment.convert", "deployment.artifact", "deployment.evaluate", "deployment.fleet",

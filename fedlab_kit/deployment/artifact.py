@@ -17,6 +17,7 @@ from fedlab_kit.deployment import convert, measure
 from fedlab_kit.deployment.export import export
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import StoreError, write_bytes
+from fedlab_kit.models import flops
 from fedlab_kit.runs import Run
 from fedlab_kit.store import when_and_where
 
@@ -98,7 +99,7 @@ def compress(run: Run, recipe: Recipe, folder: Path | str | None = None, test: b
             **_behaviour(session, dataset.validation),
             "sparsity": measure.sparsity(converted),
             "parameters": after,
-            "flops": measure.flops(model, dataset.shape),
+            "flops": flops(model, dataset.shape),
             "note": _note(recipe, before, after, converted),
         }
         card = {

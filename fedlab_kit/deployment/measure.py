@@ -8,8 +8,7 @@ from statistics import quantiles
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlab_kit.data import Split
 from fedlab_kit.statistics import wilson
@@ -83,16 +82,6 @@ def latencies(sessions: Sequence[Any], x: Tensor | np.ndarray, seconds: float = 
         return lambda: session.run(None, {"x": raw})
 
     return timings([runner(session) for session in sessions], seconds)
-
-
-def flops(model: nn.Module, shape: Sequence[int]) -> int:
-    """Count the floating-point operations of the float model on one sample; a multiply-add is two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(torch.zeros(1, *shape))
-    return counter.get_total_flops()
 
 
 def sparsity(graph: Any) -> float:

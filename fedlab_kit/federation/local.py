@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.devices import width
 from fedlab_kit.federation.masking import dense_gradient, grows
 from fedlab_kit.federation.messages import Answer, Broadcast, ClientState, keep, open_broadcast, pack_payload
 from fedlab_kit.federation.objective import Objective
@@ -61,15 +62,16 @@ def _open(
     job: Task, ids: list[int], broadcasts: Mapping[int, bytes], states: Mapping[int, ClientState]
 ) -> list[Broadcast]:
     """Open the broadcasts; one that goes to several clients who hold no weights or mask is opened once."""
-    opened: dict[bytes, Broadcast] = {}
+    opened: dict[tuple[bytes, float], Broadcast] = {}
     received = []
     for client in ids:
         message, memory = broadcasts[client], states[client]
         if memory.keys() & {"copy", "mask"}:
-            received.append(open_broadcast(job, message, memory))
+            received.append(open_broadcast(job, client, message, memory))
         else:
-            opened[message] = opened.get(message) or open_broadcast(job, message, {})
-            received.append(opened[message])
+            key = message, width(job, client)
+            opened[key] = opened.get(key) or open_broadcast(job, client, message, {})
+            received.append(opened[key])
     return received
 
 
@@ -84,7 +86,11 @@ def _objective(job: Task, received: list[Broadcast], states: list[ClientState]) 
         own = [state.get("control", torch.zeros(start.shape[1])).to(start.device) for state in states]
         shift = torch.stack([b.control - c for b, c in zip(received, own, strict=True) if b.control is not None])
     pull = job.experiment.proximal_mu if job.experiment.strategy == "fedprox" else 0.0
-    return Objective(job, start, pull, shift, received[0].mask)
+    mask = received[0].mask
+    if job.experiment.devices == "sliced":
+        views = [b.weights.new_ones(b.weights.shape) if b.mask is None else b.mask.float() for b in received]
+        mask = torch.stack(views)
+    return Objective(job, start, pull, shift, mask)
 
 
 def _answer(
@@ -157,7 +163,7 @@ def _train_stacked(
         )
         if drift is not None:
             now.sub_(drift, alpha=lr)
-        objective.confine(now)
+        objective.confine(now, first)
 
 
 def _train_one(
@@ -192,7 +198,7 @@ def _train_one(
                 model.gradient.add_(drift[0])
             weights[0, parameters].sub_(model.gradient[parameters], alpha=lr)
             weights[0, statistics] = model.weights[statistics]
-            objective.confine(weights)
+            objective.confine(weights, row)
 
 
 def _train_private(
@@ -214,7 +220,7 @@ def _train_private(
         weights[0, parameters].sub_(gradient, alpha=experiment.lr)
         if drift is not None:
             weights[0, parameters].sub_(drift[0, parameters], alpha=experiment.lr)
-        objective.confine(weights)
+        objective.confine(weights, row)
 
 
 def _check(stop: Event | None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedlab_kit.compression.prune import prunable_mask
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.devices import view
 from fedlab_kit.federation.masking import exchanged, first_mask, grows
 from fedlab_kit.federation.task import OUTCOMES, Task, chance
 from fedlab_kit.wire import Bits, Codec, NotFinite, PayloadError, compensate, make, pack, unpack_all
@@ -56,7 +57,7 @@ def pack_broadcast(
         frames.append(pack(Bits(), parts.mask.float().cpu(), samples=0, rng=rng, zstd=zstd))
     codec = fp32 if whole else _downlink(job)
     known = torch.zeros_like(parts.weights) if whole else job.initial if copy is None else copy
-    vector = _compact((parts.weights - known).cpu(), parts.mask)
+    vector = _compact((parts.weights - known).cpu(), seen(job, client, parts.mask))
     frames.append(pack(codec, vector, samples=0, rng=rng, zstd=zstd))
     if parts.control is not None:
         frames.append(pack(fp32, parts.control.cpu(), samples=0, rng=rng, zstd=zstd))
@@ -66,13 +67,13 @@ def pack_broadcast(
     return bytes([contents]) + b"".join(frames)
 
 
-def open_broadcast(job: Task, message: bytes, memory: ClientState) -> Broadcast:
+def open_broadcast(job: Task, client: int, message: bytes, memory: ClientState) -> Broadcast:
     """Open what `pack_broadcast` made; `memory` is what the client kept. Raises PayloadError when it is damaged."""
     experiment, size, device = job.experiment, job.model.layout.size, job.experiment.device
     if not message:
         raise PayloadError("an empty broadcast")
     contents, rest, fp32 = message[0], message[1:], make("fp32")
-    mask = memory.get("mask", first_mask(job))
+    mask = seen(job, client, memory.get("mask", first_mask(job)))
     tail = [(fp32, size)] * (experiment.strategy == "scaffold")
     if contents & TEACHER and experiment.teacher is not None:
         tail.append((fp32, len(OUTCOMES[experiment.teacher])))
@@ -95,7 +96,7 @@ def keep(experiment: Experiment, got: Broadcast, memory: ClientState) -> ClientS
     memory = dict(memory)
     if experiment.downlink != "fp32":
         memory["copy"] = got.weights.cpu()
-    if got.mask is not None and experiment.mask_schedule != "fixed":
+    if got.mask is not None and experiment.mask_schedule != "fixed" and experiment.devices != "sliced":
         memory["mask"] = got.mask.cpu()
     return memory
 
@@ -153,6 +154,12 @@ def open_payload(job: Task, round: int, payload: bytes, mask: Tensor | None) -> 
         control=vectors[1].to(device) if scaffold else None,
         growth=None if where is None else _spread(vectors[-1], where, size).to(device),
     )
+
+
+def seen(job: Task, client: int, mask: Tensor | None) -> Tensor | None:
+    """Return the client's view, bool [P]: its slice, or else the `mask` that all share; None is the whole model."""
+    narrow = view(job, client)
+    return mask if narrow is None else narrow
 
 
 def uplink(job: Task) -> Codec:

@@ -15,7 +15,7 @@ class Objective:
     """One round's objective for a cohort whose clients are the rows of `start` [C, P].
 
     `pull` draws back towards `start` (FedProx, Li et al. 2020), `shift` [C, P] is added to the gradients (SCAFFOLD,
-    Karimireddy et al. 2020), `mask` [P] marks the weights that may differ from zero.
+    Karimireddy et al. 2020), `mask`, [P] or a row for each client [C, P], marks the weights that may differ from zero.
     """
 
     job: Task
@@ -38,7 +38,7 @@ class Objective:
             return self.shift[rows]
         return self.pull * (weights - self.start[rows]) if self.pull else None
 
-    def confine(self, weights: Tensor) -> None:
-        """Put masked weights back to zero, in place; `weights` [rows, P]."""
+    def confine(self, weights: Tensor, first: int) -> None:
+        """Put masked weights back to zero, in place; `weights` [rows, P] are the clients from row `first` on."""
         if self.mask is not None:
-            weights.mul_(self.mask)
+            weights.mul_(self.mask if self.mask.ndim == 1 else self.mask[first : first + len(weights)])

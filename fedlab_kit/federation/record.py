@@ -12,9 +12,9 @@ class RoundRecord:
 
     `accuracy` in 0..1 on the validation split with its 95 % interval `low`..`high`; `loss` in nats (None when it is
     not finite); `uplink_bytes` and `downlink_bytes` are the lengths of all payloads of this round; `seconds` is wall
-    time; `cohort` the clients sampled, `answered` those whose update was used; `correct` and `total` count the
-    validation samples per class (or per site); `refused` names the clients whose payload could not be used, with the
-    reason; `note` says what else went wrong.
+    time; `cohort` the clients sampled, `uplinks` and `downlinks` the bytes of each of them, `answered` those whose
+    update was used; `correct` and `total` count the validation samples per class (or per site); `refused` names the
+    clients whose payload could not be used or came late, with the reason; `note` says what else went wrong.
     """
 
     round: int
@@ -29,6 +29,8 @@ class RoundRecord:
     answered: tuple[int, ...]
     correct: tuple[int, ...]
     total: tuple[int, ...]
+    uplinks: tuple[int, ...] = ()
+    downlinks: tuple[int, ...] = ()
     refused: tuple[tuple[int, str], ...] = ()
     note: str = ""
 

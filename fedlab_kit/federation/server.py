@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.devices import lateness, width
 from fedlab_kit.federation.ensemble import distil_ensemble
 from fedlab_kit.federation.masking import adjusts, first_mask, next_mask
-from fedlab_kit.federation.messages import Answer, Broadcast, open_payload, pack_broadcast
+from fedlab_kit.federation.messages import Answer, Broadcast, open_payload, pack_broadcast, seen
 from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.strategies import STRATEGIES, Slots, mean, median
+from fedlab_kit.federation.strategies import STRATEGIES, Slots, mean, mean_of_views, median
 from fedlab_kit.federation.task import Task, chance, task
 from fedlab_kit.statistics import wilson
 from fedlab_kit.wire import PayloadError
@@ -85,7 +86,7 @@ def broadcast(
     for client in ids:
         news = tuple(name in slots and not slots[name][client] for name in ("told", "taught"))
         # Clients who hold nothing and need the same news share one message.
-        same = news if experiment.downlink == "fp32" else client
+        same = (news, width(job, client)) if experiment.downlink == "fp32" else client
         if same not in made:
             made[same] = pack_broadcast(job, state.round + 1, client, parts, copies.get(client), *map(bool, news))
         messages[client] = made[same]
@@ -126,6 +127,8 @@ def server_step(
         downlink_bytes=sum(state.sent.values()),
         seconds=0.0,
         cohort=tuple(state.sent),
+        uplinks=tuple(len(payloads.get(client, b"")) for client in state.sent),
+        downlinks=tuple(state.sent.values()),
         answered=tuple(answers),
         correct=result.correct,
         total=result.total,
@@ -145,10 +148,14 @@ def _receive(
     job: Task, state: ServerState, payloads: Mapping[int, bytes]
 ) -> tuple[dict[int, Answer], tuple[tuple[int, str], ...]]:
     """Return the answers by client, and for each payload that is refused the client and the reason."""
-    answers, refused = {}, []
+    answers, refused, round = {}, [], state.round + 1
     for client in sorted(payloads):
+        if late := lateness(job, round, client, state.sent.get(client, 0), len(payloads[client])):
+            refused.append((client, late))
+            continue
         try:
-            answers[client] = open_payload(job, state.round + 1, payloads[client], state.slots.get("mask"))
+            mask = seen(job, client, state.slots.get("mask"))
+            answers[client] = open_payload(job, round, payloads[client], mask)
         except PayloadError as error:
             refused.append((client, str(error)))
     return answers, tuple(refused)
@@ -159,8 +166,10 @@ def _combine(job: Task, state: ServerState, answers: Mapping[int, Answer]) -> tu
     experiment, slots, trainable = state.experiment, state.slots, job.model.layout.trainable
     if not answers and experiment.privacy != "client":
         return state.weights, slots
-    together = _aggregate(job, state, list(answers.values()))
+    together, held = _aggregate(job, state, answers)
     step, slots = STRATEGIES[experiment.strategy](experiment, slots, together)
+    if held is not None:
+        step = step * held  # where nobody contributed, the server keeps its own value, whatever its momentum
     step[trainable:] = together[trainable:]  # a server optimizer has no business with running statistics
     weights = state.weights + step
     controls = [answer.control for answer in answers.values() if answer.control is not None]
@@ -172,18 +181,26 @@ def _combine(job: Task, state: ServerState, answers: Mapping[int, Answer]) -> tu
     return weights, slots
 
 
-def _aggregate(job: Task, state: ServerState, answers: list[Answer]) -> Tensor:
-    """Return the cohort's update [P]: the mean by samples, the private mean over a fixed number, or the median."""
-    experiment, updates = state.experiment, [answer.update for answer in answers]
+def _aggregate(job: Task, state: ServerState, answers: Mapping[int, Answer]) -> tuple[Tensor, Tensor | None]:
+    """Return the cohort's update [P]: the mean by samples, the private mean over a fixed number, or the median.
+
+    With slices also where anybody contributed, bool [P]; None elsewhere.
+    """
+    experiment, updates = state.experiment, [answer.update for answer in answers.values()]
     if experiment.privacy == "client":
         rng = chance(experiment, "noise", state.round + 1)
         on_cpu, size = [update.cpu() for update in updates], job.model.layout.size
         expected, noise = experiment.clients_per_round, experiment.noise_multiplier
         private = noisy_mean(on_cpu, experiment.clip_norm, noise, expected, rng, size)
-        return private.to(state.weights.device)
+        return private.to(state.weights.device), None
     if experiment.strategy == "median":
-        return median(updates)
-    return mean(updates, [answer.samples for answer in answers])
+        return median(updates), None
+    samples = [answer.samples for answer in answers.values()]
+    if experiment.devices == "sliced":
+        whole = torch.ones_like(state.weights, dtype=torch.bool)
+        views = [whole if (mask := seen(job, client, None)) is None else mask for client in answers]
+        return mean_of_views(updates, samples, views)
+    return mean(updates, samples), None
 
 
 def _heard(slots: Slots, answered: list[int], refused: list[int]) -> Slots:

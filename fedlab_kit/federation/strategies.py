@@ -52,6 +52,18 @@ def mean(updates: list[Tensor], samples: list[int]) -> Tensor:
     return total
 
 
+def mean_of_views(updates: list[Tensor], samples: list[int], views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the mean of updates [P] over those clients that hold the entry, and where there is any, bool [P].
+
+    `views` [P] say which entries each client holds; its update is 0 elsewhere (HeteroFL, Diao et al. 2021).
+    """
+    total, weight = torch.zeros_like(updates[0]), torch.zeros_like(updates[0])
+    for update, count, view in zip(updates, samples, views, strict=True):
+        total.add_(update, alpha=count)
+        weight.add_(view, alpha=count)
+    return total / weight.clamp(min=1), weight > 0
+
+
 def median(updates: list[Tensor]) -> Tensor:
     """Return the median of updates [P], entry by entry: a few poisoned ones cannot move it far (Yin et al. 2018)."""
     ordered, half = torch.stack(updates).sort(0).values, len(updates) // 2
