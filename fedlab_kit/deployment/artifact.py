@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from fedlab_kit import data
 from fedlab_kit.compression.prune import plan_channels, prune_channels, prune_weights
 from fedlab_kit.deployment import convert, measure
 from fedlab_kit.deployment.export import export
+from fedlab_kit.deployment.score import matrix
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import StoreError, write_bytes
 from fedlab_kit.models import flops
@@ -53,17 +54,16 @@ class Artifact:
     card: dict[str, Any] = field(repr=False)
     session: Any = field(repr=False)
 
-    def predict(self, x: Tensor | np.ndarray) -> np.ndarray:
+    def predict(self, x: Any) -> np.ndarray:
         """Class probabilities float32 [n, classes] for raw samples [n, ...], typed as the data set stores them.
 
-        Raises ValueError for another type or shape.
+        A DataFrame's columns are found by their names. Raises ValueError naming columns, type, shape or the sample
+        that is wrong.
         """
-        raw, wanted = np.asarray(x), self.card["input"]
-        if str(raw.dtype) != wanted["dtype"] or list(raw.shape[1:]) != wanted["shape"] or not len(raw):
-            raise ValueError(
-                f"x must be raw {wanted['dtype']} [n, {', '.join(map(str, wanted['shape']))}] with n at least 1, "
-                f"got {raw.dtype} {list(raw.shape)}"
-            )
+        raw = matrix(x, self.card["input"])
+        if raw.dtype.kind == "f" and not np.isfinite(raw).all():
+            row = int(np.flatnonzero(~np.isfinite(raw).reshape(len(raw), -1).all(axis=1))[0])
+            raise ValueError(f"x must have a number everywhere, sample {row} has a value that is missing or infinite")
         logits = measure.logits(self.session, raw)
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedlab_kit import data
 from fedlab_kit.data import Dataset, Split
-from fedlab_kit.deployment.artifact import Artifact
+from fedlab_kit.deployment.artifact import Artifact, load
 from fedlab_kit.statistics import auc_interval, mean_interval, paired_loss, wilson
 
 if TYPE_CHECKING:
@@ -104,6 +104,23 @@ def compare(
             tests = 1 if site == EVERYONE else len(groups) - 1
             rows.append({"artifact": name, "site": site, "of": of, **_loss(*pairs, level=0.05 / tests)})
     return pandas.DataFrame(rows)
+
+
+def with_rates(points: DataFrame, split: str = "validation") -> DataFrame:
+    """Return points of a sweep (each with the `path` of its artifact) with what `choose` can put a floor under.
+
+    New columns: `auc`, `sensitivity` and `specificity` of all patients, `lowest_accuracy` of any site where it is
+    estimable, and `lowest_site`, which one that is. Raises StoreError when an artifact is gone or damaged.
+    """
+    import pandas
+
+    rows = []
+    for path in points["path"]:
+        table = evaluate(load(path), split).set_index("site")
+        everyone, sites = table.loc[EVERYONE], table.drop(EVERYONE)["accuracy"].dropna()
+        row = {name: everyone[name] for name in ("auc", "sensitivity", "specificity")}
+        rows.append({**row, "lowest_accuracy": sites.min(), "lowest_site": sites.idxmin() if len(sites) else ""})
+    return pandas.concat([points, pandas.DataFrame(rows, index=points.index)], axis=1)
 
 
 def readable(table: DataFrame, columns: tuple[str, ...] = METRICS) -> DataFrame:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas
 
-FLOORS = ("accuracy", "low", "throughput", "sensitivity", "specificity", "auc")
+FLOORS = ("accuracy", "low", "throughput", "sensitivity", "specificity", "auc", "lowest_accuracy")
 """Columns of which more is better; a budget on them is a floor, on every other column a ceiling."""
 
 
@@ -28,3 +29,19 @@ def choose(table: pandas.DataFrame, **budget: float) -> pandas.Series:
             raise ValueError(f"no point has {name} {side} {limit:g}; the nearest has {nearest:g}")
         fitting = left
     return fitting.sort_values(["accuracy", "bytes"], ascending=[False, True]).iloc[0]
+
+
+def plan(table: pandas.DataFrame, budgets: Mapping[str, Mapping[str, float]]) -> pandas.DataFrame:
+    """Choose for each class of devices: `plan(table, {"tablet": {"bytes": 9_000, "sensitivity": 0.9}})`.
+
+    Returns a row a class, indexed by its name. Raises ValueError as `choose` does, naming the class.
+    """
+    import pandas
+
+    chosen = {}
+    for device, budget in budgets.items():
+        try:
+            chosen[device] = choose(table, **budget)
+        except ValueError as error:
+            raise ValueError(f"device class {device!r}: {error}") from None
+    return pandas.DataFrame.from_dict(chosen, orient="index")

@@ -1,0 +1,184 @@
+"""A registry: a folder with the versions of a model for one class of devices, and what is in service.
+
+`versions/0001/` holds an artifact with its card, `events/000001.json` and so on tell what was promoted and what was
+rolled back, when and why; what is in service follows from them. Files are added and never changed, each whole or
+absent, so nothing is lost, whoever else writes at the same time and wherever a process is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedlab_kit.deployment import score
+from fedlab_kit.deployment.artifact import Artifact, load
+from fedlab_kit.files import StoreError, write_bytes
+
+MODEL = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One artifact in a registry: its `number`, where it lies, its SHA-256, and what was noted when it was added."""
+
+    number: int
+    path: Path
+    digest: str
+    note: str
+
+    def load(self) -> Artifact:
+        """Open the artifact. Raises StoreError when the file is not the one that was added."""
+        artifact = load(self.path / MODEL)
+        if artifact.digest != self.digest:
+            raise StoreError(f"{self.path} is damaged: another artifact lies there than was added; roll back")
+        return artifact
+
+
+class Registry:
+    """The versions in a folder and the one in service; made when first written to. Two processes may share it.
+
+    Example: `registry = Registry("registry/tablet"); registry.promote(registry.add(artifact), "first")`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def versions(self) -> list[Version]:
+        """All versions, oldest first. Raises StoreError naming a file that is damaged."""
+        return [_version(path) for path in sorted(self.folder.glob("versions/[0-9]*"))]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What happened, oldest first: `event` (promote or rollback), `version` in service since, `why`, `when`."""
+        files = sorted(self.folder.glob("events/[0-9]*"))
+        for place, path in enumerate(files, start=1):
+            if int(path.stem) != place:
+                raise StoreError(
+                    f"the registry {self.folder} is damaged: event {place} is gone, restore it from a copy"
+                )
+        return [_read(path, "event", "version", "why", "when") for path in files]
+
+    @property
+    def current(self) -> Version | None:
+        """The version in service, None before the first promotion."""
+        stack = self._stack()
+        return self.version(stack[-1]) if stack else None
+
+    def version(self, number: int) -> Version:
+        """Return one version. ValueError lists those that exist."""
+        path = self.folder / "versions" / f"{number:04d}"
+        if not path.is_dir():
+            known = ", ".join(str(int(p.name)) for p in sorted(self.folder.glob("versions/[0-9]*"))) or "none yet"
+            raise ValueError(f"version must be one of {known}, got {number}")
+        return _version(path)
+
+    def add(self, artifact: Artifact, note: str = "") -> Version:
+        """Copy an artifact in as the next version; it is not in service before it is promoted.
+
+        Raises StoreError when the artifact is damaged or the registry cannot be written.
+        """
+        digest = load(artifact.path).digest
+        with self._locked():
+            number = 1 + max((int(path.name) for path in self.folder.glob("versions/[0-9]*")), default=0)
+            target = self.folder / "versions" / f"{number:04d}"
+            target.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".adding-", dir=self.folder) as beside:
+                made = Path(beside, "made")
+                made.mkdir()
+                _copy(artifact.path, made / MODEL)
+                write_bytes(made / "version.json", json.dumps({"digest": digest, "note": note}).encode())
+                os.replace(made, target)
+        return self.version(number)
+
+    def promote(self, version: Version | int, why: str) -> Version:
+        """Put a version into service, once its file has been opened. ValueError or StoreError leave all as it was."""
+        wanted = self.version(version.number if isinstance(version, Version) else version)
+        wanted.load()
+        with self._locked():
+            self._note("promote", wanted.number, why)
+        return wanted
+
+    def rollback(self, why: str) -> Version:
+        """Put the version into service that was there before the current one; again, and the one before that.
+
+        Raises ValueError when there is none, StoreError when its file is damaged; the current one then stays.
+        """
+        with self._locked():
+            stack = self._stack()
+            if len(stack) < 2:
+                raise ValueError("there is no earlier version to go back to")
+            earlier = self.version(stack[-2])
+            earlier.load()
+            self._note("rollback", earlier.number, why)
+        return earlier
+
+    def install(self, folder: str | Path) -> Path:
+        """Copy what is in service, its card and `score.py` to a device's folder; return the folder.
+
+        The device needs numpy and onnxruntime alone. Raises ValueError when nothing is in service.
+        """
+        current, target = self.current, Path(folder)
+        if current is None:
+            raise ValueError("nothing is in service yet: promote a version first")
+        current.load()
+        write_bytes(target / "score.py", Path(score.__file__).read_bytes())
+        for name in (MODEL, f"{MODEL}.json"):
+            write_bytes(target / name, (current.path / name).read_bytes())
+        return target
+
+    def _stack(self) -> list[int]:
+        """The versions that a chain of rollbacks would go through, the current one last."""
+        stack: list[int] = []
+        for event in self.history:
+            if event["event"] == "rollback":
+                stack.pop()
+            else:
+                stack.append(event["version"])
+        return stack
+
+    def _note(self, event: str, number: int, why: str) -> None:
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        content = {"event": event, "version": number, "why": why, "when": when}
+        place = 1 + max((int(path.stem) for path in self.folder.glob("events/[0-9]*")), default=0)
+        write_bytes(self.folder / "events" / f"{place:06d}.json", json.dumps(content).encode())
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        from filelock import FileLock
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".lock"):
+                yield
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"cannot write {self.folder}: {error.strerror or error}") from error
+
+
+def _copy(model: Path, target: Path) -> None:
+    shutil.copyfile(model, target)
+    shutil.copyfile(f"{model}.json", f"{target}.json")
+
+
+def _version(path: Path) -> Version:
+    about = _read(path / "version.json", "digest", "note")
+    return Version(int(path.name), path, about["digest"], about["note"])
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a file of the registry. Raises StoreError naming it when it is cut or altered."""
+    try:
+        content = json.loads(path.read_text())
+        return {key: content[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"the registry's file {path} is damaged ({error}): restore it from a copy") from error
