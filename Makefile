@@ -11,6 +11,9 @@ help:  ## this list
 lab: .venv/lab.stamp  ## set up, then open JupyterLab on notebooks/00_start_here.ipynb (PORT=8890, BROWSER=none)
 	@tools/lab.sh
 
+app: .venv/lab.stamp  ## set up, then show the bench alone as an app (PORT=8890, BROWSER=none)
+	@$(PYTHON_IN_VENV) tools/app.py
+
 test: .venv/test.stamp  ## set up, then run unit tests, notebooks under strict nbval and browser tests
 	@echo "test: the package and the notebooks, on two cores"
 	@$(PYTHON_IN_VENV) -m pytest -n 2 --dist worksteal -m "not browser"
@@ -41,4 +44,4 @@ setup: .venv/lab.stamp  ## install only
 	@tools/setup.sh '[test]'
 	@touch .venv/lab.stamp $@
 
-.PHONY: help lab test test-slow bench lint notebooks setup
+.PHONY: help lab app test test-slow bench lint notebooks setup

@@ -1,0 +1,82 @@
+"""The bench as an app, started as `make app` does it: one page, behind a token, that trains and measures."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+ROOT = Path(__file__).resolve().parents[2]
+ADDRESS = re.compile(r"(http://127\.0\.0\.1:\d+/)\?token=([0-9a-f]{32,})")
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Where the app answers, and its token."""
+    home = tmp_path_factory.mktemp("app")
+    folders = {name: str(home / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
+    own = {"FEDLAB_RUNS": str(home / "runs"), "BROWSER": "none", "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PORT"} | folders | own
+    command = [sys.executable, "tools/app.py"]
+    with (
+        (home / "app.log").open("w") as log,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+    ):
+        try:
+            said = ADDRESS.search(server.stdout.readline())
+            assert said, (home / "app.log").read_text()[-2000:]
+            yield said[1], said[2]
+            server.send_signal(signal.SIGINT)
+            server.wait(timeout=20)
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("path", ["", "?token=wrong", "api/kernels", "api/kernels?token="])
+def test_without_the_right_token_there_is_nothing_but_a_login(app, path):
+    with urllib.request.urlopen(app[0] + path, timeout=10) as answer:
+        assert "/login?next=" in answer.url and b"fedlab" not in answer.read()
+
+
+def test_no_kernel_is_started_or_ended_from_outside(app):
+    request = urllib.request.Request(f"{app[0]}voila/api/shutdown/{'0' * 8}", data=b"", method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=10)
+
+
+def test_the_page_is_the_bench_and_run_draws_a_point(app, chromium: Browser, tmp_path):
+    address, token = app
+    context = chromium.new_context(viewport={"width": 1400, "height": 1000})
+    page, errors, fetched = context.new_page(), [], []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: fetched.append(request.url))
+    page.goto(f"{address}?token={token}", timeout=60_000)
+    run = page.get_by_role("button", name="Run", exact=True)
+    expect(run).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("import fedlab_kit")).to_have_count(0)
+    run.click()
+    expect(page.get_by_role("img", name=re.compile("^Accuracy against .*: 1 point,"))).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("img", name=re.compile(r"^Accuracy per round: \d"))).to_be_visible()
+    pictures = Path(os.environ.get("FEDLAB_SCREENSHOTS", tmp_path)).resolve()
+    page.screenshot(path=pictures / "app.png", full_page=True)
+    context.close()
+    assert errors == []
+    assert [url for url in fetched if not url.startswith((address, "data:", "blob:"))] == []
+
+
+@pytest.mark.parametrize("port", ["99999", "voila"])
+def test_an_impossible_port_is_answered_in_one_line(port):
+    arguments = [sys.executable, "tools/app.py"]
+    done = subprocess.run(arguments, cwd=ROOT, env=os.environ | {"PORT": port}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"port {port} is taken or not allowed: name another one as in make app PORT=8890, or none at all\n"
+    )
