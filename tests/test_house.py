@@ -15,7 +15,7 @@ ORDER = [
     "federation.messages", "federation.record", "federation.strategies", "federation.ensemble",
     "federation.server", "federation.local", "federation.rounds", "store", "runs", "deployment.measure",
     "deployment.export", "deployment.convert", "deployment.score", "deployment.artifact", "deployment.evaluate",
-    "deployment.fleet", "deployment.registry", "training", "sweep",
+    "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor", "training", "sweep",
     "lab.canvas", "lab.curve", "lab.plots", "lab.session", "lab.points", "lab.compressor",
     "lab.report", "lab.export", "lab.leaderboard", "lab.pictures", "lab.control",
     "lab.controls", "lab.screen", "lab.bench",
