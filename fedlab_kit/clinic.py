@@ -154,9 +154,19 @@ def assemble(
         parts.append(stratified(hospital.y, np.diff(ends, prepend=0, append=len(hospital.y)), rng))
     moments = [Moments.of(h.x[part == 0].astype(np.float32)) for h, part in zip(hospitals, parts, strict=True)]
     merged = sum(moments[1:], moments[0])
-    train, validation, public, test = (_split(hospitals, parts, number) for number in range(len(SPLITS)))
+    train, validation, public, test = (
+        gather(hospitals, [part == number for part in parts]) for number in range(len(SPLITS))
+    )
     sites = tuple(hospital.name for hospital in hospitals)
     return Dataset(name, classes, train, validation, public, test, merged.preprocess(), sites, features)
+
+
+def gather(hospitals: Sequence[Hospital], rows: Sequence[np.ndarray]) -> Split:
+    """Return one split made of some `rows` (bool [n]) of each hospital."""
+    x = np.concatenate([h.x[row] for h, row in zip(hospitals, rows, strict=True)]).astype(np.float32)
+    y = np.concatenate([h.y[row] for h, row in zip(hospitals, rows, strict=True)])
+    site = np.repeat(np.arange(len(hospitals)), [row.sum() for row in rows])
+    return Split(torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(site))
 
 
 def stratified(y: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -191,11 +201,3 @@ def _encode(numbers: DataFrame, schema: Schema) -> np.ndarray:
     plain = [numbers[c.name] for c in schema.columns if not c.kinds]
     kinds = [numbers[c.name] == kind for c in schema.columns for kind in c.kinds[1:]]
     return np.column_stack([column.to_numpy(np.float64) for column in (*plain, *kinds)])
-
-
-def _split(hospitals: Sequence[Hospital], parts: Sequence[np.ndarray], number: int) -> Split:
-    rows = [part == number for part in parts]
-    x = np.concatenate([h.x[row] for h, row in zip(hospitals, rows, strict=True)]).astype(np.float32)
-    y = np.concatenate([h.y[row] for h, row in zip(hospitals, rows, strict=True)])
-    site = np.repeat(np.arange(len(hospitals)), [row.sum() for row in rows])
-    return Split(torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(site))

@@ -17,16 +17,22 @@ MEASURES = (
     "compactness", "concavity", "concave points", "symmetry", "fractal dimension",
 )  # fmt: skip
 CELLS = tuple(f"{kind} {measure}" for kind in ("mean", "error of", "worst") for measure in MEASURES)
-SPREADS = (3.524, 4.301, 24.3, 351.9, 0.01406, 0.05281, 0.07972, 0.0388, 0.02741, 0.00706)
-"""Standard deviations of the ten `mean` features over all 569 patients, in their own units."""
+READ = (*range(10), *range(20, 30))
+"""The features that a microscope reads off: the `mean` and the `worst` ones."""
+
+SPREADS = (
+    3.524, 4.301, 24.3, 351.9, 0.01406, 0.05281, 0.07972, 0.0388, 0.02741, 0.00706,
+    4.833, 6.146, 33.6, 569.4, 0.02283, 0.1573, 0.2086, 0.06573, 0.06187, 0.01806,
+)  # fmt: skip
+"""Standard deviations of those twenty over all 569 patients, in their own units."""
 
 WARDS = {
     "university": (132, 108, 1.0, 0.0),
-    "city": (48, 112, 1.05, 0.0),
-    "county": (22, 87, 1.0, 0.25),
-    "rural": (10, 50, 0.9, -0.25),
+    "city": (48, 112, 1.1, 0.0),
+    "county": (22, 87, 0.9, -0.25),
+    "rural": (10, 50, 1.1, 0.5),
 }
-"""Malignant and benign cases of each hospital, and how its microscope reads the `mean` features: gain and offset."""
+"""Malignant and benign cases of each hospital, and how its microscope reads: gain, offset in standard deviations."""
 
 HEART = Source(
     "heart_disease",
@@ -88,6 +94,11 @@ def clinics(seed: int, shares: tuple[float, float, float]) -> Dataset:
 
     Raises DataError when a file cannot be had or is damaged.
     """
+    return assemble("heart", ("healthy", "disease"), PATIENT.features, heart_hospitals(), shares, seed)
+
+
+def heart_hospitals() -> list[Hospital]:
+    """Return the patients of `heart`, hospital by hospital, in the order of the files."""
     import pandas
 
     paths = [fetch(HEART, file) for file in HEART.md5]
@@ -95,7 +106,7 @@ def clinics(seed: int, shares: tuple[float, float, float]) -> Dataset:
         name: pandas.read_csv(path, header=None, names=HEADER, dtype=str, index_col=False)
         for name, path in zip(CLINICS, paths, strict=True)
     }
-    return assemble("heart", ("healthy", "disease"), PATIENT.features, admit_all(tables, PATIENT), shares, seed)
+    return admit_all(tables, PATIENT)
 
 
 def _wards() -> list[Hospital]:
@@ -107,7 +118,7 @@ def _wards() -> list[Hospital]:
         rows = np.concatenate([cases[:sick], controls[:healthy]])
         cases, controls = cases[sick:], controls[healthy:]
         read = x[rows]
-        read[:, : len(SPREADS)] = gain * read[:, : len(SPREADS)] + offset * np.array(SPREADS)
+        read[:, READ] = gain * read[:, READ] + offset * np.array(SPREADS)
         given.append(Hospital(name, read, malignant[rows]))
     return given
 

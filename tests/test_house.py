@@ -13,7 +13,7 @@ ORDER = [
     "wire.dense", "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "federation.flat",
     "federation.stacked", "federation.task", "federation.devices", "federation.masking", "federation.objective",
     "federation.messages", "federation.record", "federation.strategies", "federation.ensemble",
-    "federation.server", "federation.local", "federation.rounds", "store", "runs", "deployment.measure",
+    "federation.server", "federation.local", "federation.rounds", "store", "runs", "personal", "deployment.measure",
     "deployment.export", "deployment.convert", "deployment.score", "deployment.artifact", "deployment.evaluate",
     "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor", "training", "sweep",
     "lab.canvas", "lab.curve", "lab.plots", "lab.session", "lab.points", "lab.compressor",

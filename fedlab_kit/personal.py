@@ -1,0 +1,70 @@
+"""What a client can do by itself, and what all could do with pooled data: federated training lies between the two."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.local import client_step
+from fedlab_kit.federation.messages import Broadcast, open_payload, pack_broadcast
+from fedlab_kit.federation.task import task
+from fedlab_kit.runs import train
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def pooled(experiment: Experiment) -> Experiment:
+    """Return the same experiment with all samples in one place: one client that holds everything and always answers."""
+    everything = {"partition": "iid", "clients": 1, "clients_per_round": 1}
+    return experiment.replace(**everything, devices="equal", deadline=0.0, dropout=0.0)
+
+
+def alone(experiment: Experiment, client: int, start: Tensor | None = None, rounds: int | None = None) -> Tensor:
+    """Train on one client's own samples, without the others, and return the weights [P].
+
+    From the first weights of the experiment, for as many rounds as it has: what a client gets that takes no part. From
+    the final weights of a run for a few `rounds`: personal fine-tuning. Raises PayloadError when it diverges.
+    """
+    own = experiment.replace(
+        strategy="fedavg", uplink="fp32", downlink="fp32", mask_ratio=0.0, devices="equal", teacher=None
+    )
+    job = task(own)
+    weights = job.initial if start is None else start
+    for round in range(1, 1 + (experiment.rounds if rounds is None else rounds)):
+        message = pack_broadcast(job, round, client, Broadcast(weights, None, None), None, False, False)
+        payload, _ = client_step(own, round, client, message, {})
+        weights = weights + open_payload(job, round, payload, None).update
+    return weights
+
+
+def side_by_side(experiment: Experiment, tuning: int = 2, split: str = "validation") -> DataFrame:
+    """Return each site's accuracy on its own held-out samples, four ways; the last row is all patients together.
+
+    Columns: `patients`; `alone` (a model of its own), `federated`, `tuned` (the federated model after `tuning` more
+    rounds at the site alone) and `pooled`. Each way passes over its data as often as the experiment does. Raises
+    ValueError unless the clients are sites.
+    """
+    import pandas
+
+    if experiment.partition != "site":
+        raise ValueError(f"partition must be site to compare the sites, got {experiment.partition!r}")
+    job = task(experiment)
+    together, whole = train(experiment).weights, train(pooled(experiment)).weights
+    sites = range(experiment.clients)
+    ways = {
+        "alone": [alone(experiment, site) for site in sites],
+        "federated": [together] * len(sites),
+        "tuned": [alone(experiment, site, together, tuning) for site in sites],
+        "pooled": [whole] * len(sites),
+    }
+    results = {way: [job.evaluate(w, getattr(job.dataset, split)) for w in models] for way, models in ways.items()}
+    patients = torch.tensor(results["pooled"][0].total)
+    hits = {way: torch.tensor([found[site].correct[site] for site in sites]) for way, found in results.items()}
+    table = {"patients": [*patients.tolist(), int(patients.sum())]}
+    for way, right in hits.items():
+        table[way] = [*(right / patients).tolist(), float(right.sum() / patients.sum())]
+    return pandas.DataFrame(table, index=[*job.dataset.sites, "all"])
