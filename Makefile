@@ -41,7 +41,7 @@ setup: .venv/lab.stamp  ## install only
 	@touch $@
 
 .venv/test.stamp: $(INPUTS)
-	@tools/setup.sh '[test]'
+	@tools/setup.sh '[test,scale]'
 	@touch .venv/lab.stamp $@
 
 .PHONY: help lab app test test-slow bench lint notebooks setup

@@ -91,6 +91,8 @@ class RunFolder:
 
     def prepare(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:
         """Do away with whatever a kill left behind the last whole round."""
+        if not records:
+            (self.path / "state.safetensors").unlink(missing_ok=True)
         lines = "".join(_line(record) for record in records)
         write_bytes(self.path / "records.jsonl", lines.encode())
         self.clients.rewind(len(records))

@@ -13,14 +13,15 @@ ORDER = [
     "wire.dense", "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "federation.flat",
     "federation.stacked", "federation.task", "federation.devices", "federation.masking", "federation.objective",
     "federation.messages", "federation.record", "federation.strategies", "federation.ensemble",
-    "federation.server", "federation.local", "federation.rounds", "store", "runs", "personal", "deployment.measure",
+    "federation.server", "federation.local", "federation.rounds", "store", "runs",
+    "scale.client", "scale.exchange", "scale.flower", "scale.engines", "personal", "deployment.measure",
     "deployment.export", "deployment.convert", "deployment.score", "deployment.artifact", "deployment.evaluate",
     "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor", "training", "sweep",
     "lab.canvas", "lab.curve", "lab.plots", "lab.session", "lab.points", "lab.compressor",
     "lab.report", "lab.export", "lab.leaderboard", "lab.pictures", "lab.control",
     "lab.controls", "lab.screen", "lab.bench",
 ]  # fmt: skip
-EMPTY = {"compression", "federation", "deployment", "lab"}  # packages that hold a docstring alone
+EMPTY = {"compression", "federation", "deployment", "scale", "lab"}  # packages that hold a docstring alone
 
 
 def name_of(path: Path) -> str:

@@ -35,7 +35,7 @@ class Exchanged(NamedTuple):
 
     payloads: dict[int, bytes]
     kept: dict[int, ClientState]
-    silent: Mapping[int, str] = {}
+    silent: dict[int, str]
     unreached: frozenset[int] = frozenset()
 
 
@@ -55,7 +55,7 @@ def in_process(
 ) -> Exchanged:
     """Hand the broadcasts to clients of this process, and train those that do not drop out together."""
     present = answering(experiment, round, sorted(broadcasts))
-    return Exchanged(*cohort_step(experiment, round, {c: broadcasts[c] for c in present}, kept, stop))
+    return Exchanged(*cohort_step(experiment, round, {c: broadcasts[c] for c in present}, kept, stop), {})
 
 
 def rounds(experiment: Experiment, stop: Event | None = None) -> Iterator[RoundRecord]:

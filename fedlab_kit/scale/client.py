@@ -1,0 +1,83 @@
+"""The client's side of the adapter: what Flower calls on a node when a round's broadcast arrives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from safetensors.torch import load, save
+
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.local import client_step
+from fedlab_kit.federation.messages import ClientState
+from fedlab_kit.federation.server import answering, select
+from fedlab_kit.federation.task import OUTCOMES
+from fedlab_kit.runs import find, identify
+
+RECORD = "fedlab"  # the one record in every message, both ways
+
+client = ClientApp()
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    """Do `client_step` with what the message asks and what the context remembers; the reply carries the payload."""
+    reply = answer(message.content.config_records[RECORD], context.state)
+    return Message(RecordDict({RECORD: ConfigRecord(reply)}), reply_to=message)
+
+
+def answer(asked: Mapping[str, Any], shelf: RecordDict) -> dict[str, Any]:
+    """Return the fields of the reply, and put what the client keeps on its `shelf`.
+
+    `asked` has experiment (JSON of its changes), modules (JSON list), round, client, base and broadcast (bytes). The
+    reply has payload (bytes) and keeps (whether anything is remembered); or dropped, for a client that the experiment
+    lets drop out; or lost, when what the client should remember from round `base` is gone. Raises ValueError when
+    the experiment is impossible here, and PayloadError when the broadcast is damaged.
+    """
+    for module in json.loads(asked["modules"]):
+        import_module(module)
+    experiment = Experiment(**json.loads(asked["experiment"]))
+    round, me = asked["round"], asked["client"]
+    if me not in answering(experiment, round, select(experiment, round)):
+        return {"dropped": True}
+    _find_parents(experiment)
+    name = f"{identify(experiment)}/{me}"
+    memory = _recall(shelf, name, asked["base"])
+    if memory is None:
+        return {"lost": asked["base"]}
+    torch.set_num_threads(1)
+    payload, after = client_step(experiment, round, me, asked["broadcast"], memory)
+    if after:
+        _remember(shelf, name, asked["base"], round, after)
+    return {"payload": payload, "keeps": bool(after)}
+
+
+def _recall(shelf: RecordDict, name: str, base: int) -> ClientState | None:
+    """Return what was kept from round `base`, the last whose answer the server has; None if it is gone."""
+    if base == 0:
+        return {}
+    kept = shelf.config_records.get(name, ConfigRecord()).get(str(base))
+    return load(kept) if isinstance(kept, bytes) else None
+
+
+def _remember(shelf: RecordDict, name: str, base: int, round: int, memory: ClientState) -> None:
+    """Keep this round's memory beside that of round `base`: nobody knows yet whether the answer will arrive."""
+    kept = shelf.config_records.get(name, ConfigRecord())
+    now = {str(base): kept[str(base)]} if str(base) in kept else {}
+    shelf[name] = ConfigRecord({**now, str(round): save({key: t.contiguous() for key, t in memory.items()})})
+
+
+def _find_parents(experiment: Experiment) -> None:
+    """Make the models at hand that the experiment starts or learns from: they must lie in this machine's store."""
+    for parent in experiment.parents:
+        if parent in OUTCOMES:
+            continue
+        run = find(parent)
+        if run is None:
+            raise ValueError(f"the run that this experiment needs is not in this machine's store: {parent!r}")
+        OUTCOMES[parent] = run.weights.to(experiment.device)
