@@ -34,6 +34,9 @@ lint: .venv/test.stamp  ## ruff and mypy
 notebooks: .venv/lab.stamp  ## run every notebook from an empty store and write its outputs back
 	@$(PYTHON_IN_VENV) tools/notebooks.py $(NOTEBOOKS)
 
+federation: .venv/scale.stamp  ## set up, then run the hospitals on Flower: a server and four clients as processes, over TLS
+	@$(PYTHON_IN_VENV) tools/federation.py
+
 setup: .venv/lab.stamp  ## install only
 
 .venv/lab.stamp: $(INPUTS)
@@ -42,6 +45,10 @@ setup: .venv/lab.stamp  ## install only
 
 .venv/test.stamp: $(INPUTS)
 	@tools/setup.sh '[test,scale]'
+	@touch .venv/lab.stamp .venv/scale.stamp $@
+
+.venv/scale.stamp: $(INPUTS)
+	@tools/setup.sh '[scale]'
 	@touch .venv/lab.stamp $@
 
-.PHONY: help lab app test test-slow bench lint notebooks setup
+.PHONY: federation help lab app test test-slow bench lint notebooks setup
