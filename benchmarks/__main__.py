@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 
-from benchmarks import compress, drift, harness, hospitals, rounds, wire
+from benchmarks import compress, drift, harness, hospitals, rounds, scale, wire
 
 BENCHMARKS = {
     "speed": rounds.speed,
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "wire": wire.bytes_to_target,
     "synthetic": wire.synthetic,
     "codecs": wire.cost,
+    "scale": scale.scale,
     "heart": hospitals.heart,
     "drift": drift.drift,
 }

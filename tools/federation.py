@@ -19,7 +19,7 @@ from fedlab_kit.scale.processes import Federation
 from fedlab_kit.scale.settings import line
 
 HOSPITALS = fk.Experiment(
-    dataset="hospitals", partition="site", clients=4, clients_per_round=4, model="mlp", rounds=5, lr=0.05
+    dataset="hospitals", partition="site", clients=4, clients_per_round=4, model="mlp", rounds=3, lr=0.05
 )
 
 

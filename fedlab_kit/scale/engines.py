@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 
@@ -34,12 +35,14 @@ def train(
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     if engine == "process":
         return runs.train(experiment, stop, progress, store)
-    try:
-        from fedlab_kit.scale.flower import simulate
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("flwr", "ray"):
-            raise
-        raise ModuleNotFoundError(
-            'engine="flower" needs Flower: pip install -c constraints.txt -e ".[scale]"', name=error.name
-        ) from None
+    need_flower()
+    from fedlab_kit.scale.flower import simulate
+
     return simulate(experiment, stop, progress, store)
+
+
+def need_flower() -> None:
+    """Raise ModuleNotFoundError with the remedy when Flower or Ray is not installed."""
+    for name in ("flwr", "ray"):
+        if find_spec(name) is None:
+            raise ModuleNotFoundError('this needs Flower: pip install -c constraints.txt -e ".[scale]"', name=name)
