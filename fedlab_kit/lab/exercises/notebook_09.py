@@ -43,10 +43,10 @@ def last_answer_that_arrived(answer: Any) -> str:
         found = number(call(answer, list(arrived)), "a function that returns a whole number")
         if found == truth:
             continue
-        if found == truth - 1:
-            raise Hint(f"For {arrived} your function gives {found:g}. Rounds are counted from 1.")
         if found == sum(arrived):
             raise Hint(f"For {arrived} your function counts the answers; asked is the last round that has one.")
+        if found == truth - 1:
+            raise Hint(f"For {arrived} your function gives {found:g}. Rounds are counted from 1.")
         if found == len(arrived):
             raise Hint(f"For {arrived} the last answer is not that of the last round: it was lost on its way.")
         raise Hint(f"For {arrived} it should be {truth}, not {found:g}.")
