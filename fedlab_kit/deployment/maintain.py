@@ -9,7 +9,7 @@ import numpy as np
 from fedlab_kit import data
 from fedlab_kit.data import Split
 from fedlab_kit.deployment.artifact import Artifact, compress
-from fedlab_kit.deployment.evaluate import compare
+from fedlab_kit.deployment.evaluate import EVERYONE, compare
 from fedlab_kit.deployment.registry import Registry, Version
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.runs import Run, train
@@ -60,7 +60,8 @@ def better(new: Artifact, old: Artifact, dataset: str, split: str = "validation"
     part = getattr(known, split)
     gain = log_loss(old, part) - log_loss(new, part)
     p = permutation_test((gain,), np.mean, permutation_type="samples", alternative="greater", rng=0).pvalue
-    hurt = compare(old, {"new": new}, split, dataset=known).query("verdict == 'hurt'")["site"].tolist()
+    verdicts = compare(old, {"new": new}, split, dataset=known).set_index("site")["verdict"].drop(EVERYONE)
+    hurt = verdicts[verdicts == "hurt"].index.tolist()
     said = f"log loss {'fell' if gain.mean() > 0 else 'rose'} by {abs(gain.mean()):.3f} nats a patient (p = {p:.4f})"
     if hurt:
         return False, f"{said}, but it hurts {', '.join(hurt)}"
