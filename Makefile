@@ -1,6 +1,6 @@
 PYTHON_IN_VENV := .venv/bin/python
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
-INPUTS := pyproject.toml constraints.txt tools/setup.sh
+INPUTS := pyproject.toml constraints.txt tools/setup.sh tools/torch_source.sh
 
 # One thread per worker is the fastest and the only repeatable setting for models this small.
 export OMP_NUM_THREADS := 1
@@ -31,6 +31,9 @@ lint: .venv/test.stamp  ## ruff and mypy
 	@$(PYTHON_IN_VENV) -m ruff format --check
 	@$(PYTHON_IN_VENV) -m mypy
 
+wheels: .venv/lab.stamp  ## fill wheels/, from which machines like this one set up without a network
+	@tools/wheels.sh
+
 notebooks: .venv/lab.stamp  ## run every notebook from an empty store and write its outputs back
 	@$(PYTHON_IN_VENV) tools/notebooks.py $(NOTEBOOKS)
 
@@ -51,4 +54,4 @@ setup: .venv/lab.stamp  ## install only
 	@tools/setup.sh '[scale]'
 	@touch .venv/lab.stamp $@
 
-.PHONY: federation help lab app test test-slow bench lint notebooks setup
+.PHONY: federation help lab app test test-slow bench lint wheels notebooks setup

@@ -28,34 +28,38 @@ make_venv() {
     "$python" -m venv --clear .venv
 }
 
-# torch comes first and alone: the default index would bring 6 GB of CUDA to Linux. Its CPU index is tried once, shortly.
+# wheels/, filled by `make wheels`, has all that the notebooks need: then nothing else is asked. It has not what tests need.
+find_wheels() {
+    here=
+    if [ -d wheels ]; then
+        say "taking what wheels/ holds"
+        here="--find-links wheels"
+        [ -n "$extras" ] || here="--no-index $here"
+        remedy="pip could not install (see above): wheels/ is for the kind of machine and the Python that filled it; name that Python as in make lab PYTHON=python3.12, or remove wheels/ to use the network"
+    fi
+}
+
+# shellcheck disable=SC2086  # options and their values, or nothing
 install_torch() {
     torch=$(grep '^torch==' constraints.txt)
     in_venv pip show torch 2>/dev/null | grep -q "^Version: ${torch#torch==}" && return
-    cpu_index=https://download.pytorch.org/whl/cpu
-    if [ -n "${TORCH_INDEX:-}" ]; then
-        source="--index-url $TORCH_INDEX"
-    elif [ "$(uname -s)" = Linux ] &&
-        in_venv pip index versions torch --index-url $cpu_index --timeout 8 --retries 0 2>/dev/null | grep -q "${torch#torch==}+cpu"; then
-        source="--index-url $cpu_index"
-    else
-        source=
-        [ "$(uname -s)" != Linux ] || say "PyTorch's CPU index does not answer: taking torch from pip's own sources (TORCH_INDEX=... names another)"
-    fi
+    source=$here
+    [ -n "$here" ] && [ -z "${TORCH_INDEX:-}" ] || . tools/torch_source.sh
     say "installing $torch, about 200 MB"
-    # shellcheck disable=SC2086  # source is an option and its value, or nothing
     in_venv pip install --quiet --disable-pip-version-check --no-deps $source "$torch" || stop "$remedy"
 }
 
+# shellcheck disable=SC2086
 install_project() {
     say "installing fedlab-kit$extras and what it needs, in the versions of constraints.txt: a minute or two"
     # Named by its full version (2.13.0+cpu), the torch that is there cannot be exchanged for one with CUDA.
     torch=torch==$(in_venv pip show torch 2>/dev/null | sed -n 's/^Version: //p')
-    in_venv pip install --quiet --disable-pip-version-check -c constraints.txt "$torch" -e ".$extras" || stop "$remedy"
+    in_venv pip install --quiet --disable-pip-version-check $here -c constraints.txt "$torch" -e ".$extras" || stop "$remedy"
 }
 
 remedy="pip could not install (see above): check the network and run the same command again"
 make_venv
+find_wheels
 install_torch
 install_project
 say "done"
