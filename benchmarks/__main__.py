@@ -28,6 +28,7 @@ BENCHMARKS = {
     "codecs": wire.cost,
     "scale": scale.scale,
     "heart": hospitals.heart,
+    "weakest": hospitals.weakest,
     "drift": drift.drift,
 }
 
