@@ -72,7 +72,7 @@ def shrink(model: str, seed: int) -> Row:
     base = (CNN if model == "cnn" else RESNET).replace(seed=seed)
     before = fk.compress(fk.train(base), fk.Recipe())
     if model == "student":
-        small = base.replace(model="cnn", teacher=base, rounds=30, lr=0.1, qat="int8", mask_ratio=0.8)
+        small = base.replace(model="cnn", teacher=base, rounds=30, qat="int8", mask_ratio=0.8)
     else:
         ratio = {"resnet": 0.96, "cnn": 0.9}[model]
         small = base.replace(start=base, mask_ratio=ratio, qat="int8", rounds=base.rounds)
