@@ -34,6 +34,9 @@ lint: .venv/test.stamp  ## ruff and mypy
 wheels: .venv/lab.stamp  ## fill wheels/, from which machines like this one set up without a network
 	@tools/wheels.sh
 
+answers: .venv/lab.stamp  ## write answers.md for instructors: every exercise with its solution
+	@$(PYTHON_IN_VENV) tools/answers.py
+
 notebooks: .venv/lab.stamp  ## run every notebook from an empty store and write its outputs back
 	@$(PYTHON_IN_VENV) tools/notebooks.py $(NOTEBOOKS)
 
@@ -54,4 +57,4 @@ setup: .venv/lab.stamp  ## install only
 	@tools/setup.sh '[scale]'
 	@touch .venv/lab.stamp $@
 
-.PHONY: federation help lab app test test-slow bench lint wheels notebooks setup
+.PHONY: federation help lab app test test-slow bench lint wheels answers notebooks setup

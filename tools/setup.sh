@@ -28,13 +28,13 @@ make_venv() {
     "$python" -m venv --clear .venv
 }
 
-# wheels/, filled by `make wheels`, has all that the notebooks need: then nothing else is asked. It has not what tests need.
+# wheels/, filled by `make wheels`, has all that the notebooks need, and Flower: then nothing else is asked. It has not what tests need.
 find_wheels() {
     here=
     if [ -d wheels ]; then
         say "taking what wheels/ holds"
         here="--find-links wheels"
-        [ -n "$extras" ] || here="--no-index $here"
+        case $extras in *test*) ;; *) here="--no-index $here" ;; esac
         remedy="pip could not install (see above): wheels/ is for the kind of machine and the Python that filled it; name that Python as in make lab PYTHON=python3.12, or remove wheels/ to use the network"
     fi
 }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fill wheels/ with all that `make lab` installs, for machines of this kind (system, processor, Python) without a network.
+# Fill wheels/ with all that `make lab` and `make federation` install, for machines of this kind (system, processor, Python) without a network.
 # What was there stays, so that several kinds of machines can fill one folder. TORCH_INDEX names another index for torch.
 set -eu
 cd "$(dirname "$0")/.."
@@ -19,11 +19,12 @@ echo "wheels: getting the other packages, in the versions of constraints.txt"
 .venv/bin/python - >"$made/needed" <<'END'
 import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))
-print(*project["project"]["dependencies"], *project["build-system"]["requires"], sep="\n")
+needed = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["scale"]
+print(*needed, *project["build-system"]["requires"], sep="\n")
 END
 fill -c constraints.txt --find-links "$made" -r "$made/needed" "$torch"
 rm "$made/needed"
 
 mkdir -p wheels
 mv "$made"/* wheels/
-echo "wheels: wheels/ holds $(find wheels -name '*.whl' | wc -l | tr -d ' ') files, $(du -sh wheels | cut -f1). Copy it into a clone on another machine; make lab there needs no network."
+echo "wheels: wheels/ holds $(find wheels -name '*.whl' | wc -l | tr -d ' ') files, $(du -sh wheels | cut -f1). Copy it into a clone on another machine; make lab and make federation there need no network."
