@@ -18,11 +18,11 @@ ORDER = [
     "scale.engines",
     "scale.cost", "personal", "deployment.measure",
     "deployment.export", "deployment.convert", "deployment.score", "deployment.artifact", "deployment.evaluate",
-    "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor",
+    "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor", "deployment.stream",
     "deployment.maintain", "training", "sweep",
     "lab.canvas", "lab.curve", "lab.plots", "lab.session", "lab.points", "lab.compressor",
     "lab.report", "lab.export", "lab.leaderboard", "lab.pictures", "lab.control",
-    "lab.controls", "lab.screen", "lab.bench",
+    "lab.controls", "lab.screen", "lab.bench", "lab.looks", "lab.watch",
 ]  # fmt: skip
 EMPTY = {"compression", "federation", "deployment", "scale", "lab"}  # packages that hold a docstring alone
 

@@ -1,0 +1,68 @@
+"""Made-up streams of patients for trying a monitor: held-out patients, drawn again and again, measured by a device that
+changes at some moment.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedlab_kit.data import Preprocess, Split
+from fedlab_kit.settings import Settings, knob
+
+
+class Stream(Settings):
+    """A stream of one hospital's patients and what happens to it.
+
+    Example: `Stream(patients=400, begin=200, gain=1.1, offset=0.5, features=10)`.
+    """
+
+    patients: int = knob(
+        400, "Patients", "How many patients come.", group="stream", ge=1, le=100_000, step=10, span=(100, 1000)
+    )
+    begin: int = knob(
+        200, "Begin", "How many are measured as before.", group="stream", ge=0, le=100_000, step=10, span=(0, 500)
+    )
+    features: int = knob(
+        10, "Features", "How many features change, drawn by the seed.", group="stream", ge=0, step=1, span=(0, 30)
+    )
+    gain: float = knob(
+        1.1,
+        "Gain",
+        "A changed feature is multiplied by this.",
+        group="stream",
+        ge=0,
+        le=100,
+        step=0.01,
+        span=(0.8, 1.2),
+    )
+    offset: float = knob(
+        0.5,
+        "Offset",
+        "And this many of its standard deviations are added.",
+        group="stream",
+        ge=-100,
+        le=100,
+        step=0.05,
+        span=(-1, 1),
+    )
+    seed: int = knob(7, "Seed", "Which patients come, and which features change.", group="stream", ge=0, le=2**32 - 1)
+
+
+def draw(part: Split, site: int, preprocess: Preprocess, stream: Stream) -> tuple[np.ndarray, np.ndarray]:
+    """Return raw rows float32 [patients, d] and labels int64 [patients] of one site's patients, as `stream` says.
+
+    Raises ValueError when the site has nobody there, or fewer columns than are to change.
+    """
+    pool = np.flatnonzero(part.site.numpy() == site) if part.site is not None else np.arange(len(part))
+    if not len(pool):
+        raise ValueError(f"site must have patients in this split, site {site} has none")
+    width = part.x.shape[1]
+    if stream.features > width:
+        raise ValueError(f"features must be at most {width}, the columns of the table, got {stream.features}")
+    rng = np.random.default_rng(stream.seed)
+    chosen, rows = rng.permutation(width)[: stream.features], pool[rng.integers(len(pool), size=stream.patients)]
+    x, y = part.x.numpy()[rows].copy(), part.y.numpy()[rows]
+    std = np.broadcast_to(np.asarray(preprocess.std, np.float32), width)[chosen]
+    later = x[stream.begin :]
+    later[:, chosen] = np.float32(stream.gain) * later[:, chosen] + np.float32(stream.offset) * std
+    return x, y
