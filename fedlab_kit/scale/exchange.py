@@ -96,7 +96,8 @@ class GridExchange:
             _pause(0.2, stop)
         if not self.nodes:
             raise ValueError(
-                f"clients must be at most the connected nodes ({len(self.online)}), got {experiment.clients}"
+                f"clients must be at most the connected nodes ({len(self.online)}), got {experiment.clients}: "
+                "start more nodes, or set clients"
             )
 
     def _look(self, clients: int) -> None:
