@@ -184,11 +184,13 @@ def stratified(y: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np
 
 
 def _check_columns(name: str, found: list[str], schema: Schema) -> None:
-    for column in (*schema.columns, schema.label):
-        if column.name not in found:
-            near = get_close_matches(column.name, found, n=1) or [c for c in found if c.startswith(column.name)]
-            hint = f"is {near[0]!r} it, renamed?" if near else f"it has {', '.join(found)}"
-            raise DataError(f"hospital {name!r} lacks the column {column.name!r}; {hint}")
+    wanted = [column.name for column in (*schema.columns, schema.label)]
+    for column in wanted:
+        if column not in found:
+            others = {other.lower(): other for other in found if other not in wanted}
+            near = get_close_matches(column.lower(), others, n=1)
+            hint = f"is {others[near[0]]!r} it, renamed?" if near else f"it has {', '.join(found)}"
+            raise DataError(f"hospital {name!r} lacks the column {column!r}; {hint}")
 
 
 def _outside(values: Series, column: Column) -> Series:

@@ -59,9 +59,10 @@ def test_a_missing_column_is_named_with_those_that_are_there() -> None:
         admit("north", table().drop(columns="pain"), SMALL)
 
 
-def test_a_renamed_column_is_recognized() -> None:
-    with pytest.raises(DataError, match=r"lacks the column 'pain'; is 'pains' it, renamed\?"):
-        admit("north", table().rename(columns={"pain": "pains"}), SMALL)
+@pytest.mark.parametrize("renamed", ["pains", "PAIN"])
+def test_a_renamed_column_is_recognized(renamed: str) -> None:
+    with pytest.raises(DataError, match=rf"lacks the column 'pain'; is '{renamed}' it, renamed\?"):
+        admit("north", table().rename(columns={"pain": renamed}), SMALL)
 
 
 def test_too_few_usable_rows_are_refused_with_the_counts() -> None:
