@@ -86,7 +86,7 @@ def best_worst_client(answer: Any) -> str:
     for seed in SEEDS:
         run = train(settings.replace(seed=seed))
         if (sent := run.uplink_bytes + run.downlink_bytes) > BUDGET:
-            raise Hint(f"{sent / 1e6:.1f} MB in both directions; the budget is {BUDGET / 1e6:.0f} MB for the whole run.")
+            raise Hint(f"{sent / 1e6:.1f} MB in both directions; the budget is {BUDGET / 1e6:.0f} MB for the run.")
         worst.append(float(run.client_accuracy()[0].min()))
     each = ", ".join(percent(value) for value in worst)
     found = f"With seeds {', '.join(map(str, SEEDS))} the worst client has {each}: on average {percent(mean(worst))}"
