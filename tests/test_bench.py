@@ -332,3 +332,12 @@ def test_the_package_imports_no_widget_and_no_plot():
     code = "import sys, fedlab_kit; print([m for m in ('ipywidgets', 'matplotlib') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"
+
+
+def test_the_current_point_is_exported_as_a_folder(bench, tmp_path):
+    with pytest.raises(ValueError, match="no point to export yet"):
+        bench.export(tmp_path / "mine")
+    bench.run(block=True)
+    folder = bench.export(tmp_path / "mine")
+    assert (folder / bench.artifact.path.name).read_bytes() == bench.artifact.path.read_bytes()
+    assert {"reproduce.py", "points.csv", "report.html"} < {file.name for file in folder.iterdir()}

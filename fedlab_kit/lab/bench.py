@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from threading import Event, Lock, Thread
 from time import perf_counter
 from typing import Any
@@ -17,6 +18,7 @@ from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab.compressor import DELAY, NO_RUN, Compressor
 from fedlab_kit.lab.controls import Controls
+from fedlab_kit.lab.export import export
 from fedlab_kit.lab.pictures import CurvePicture, ScatterPicture
 from fedlab_kit.lab.points import Row
 from fedlab_kit.lab.screen import Screen, status
@@ -142,6 +144,16 @@ class Bench:
         """Take back the last `pin` or `hide`."""
         self.compressor.points.undo()
         self.refresh()
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the current point to a folder with its card, settings, table and report, and return its path.
+
+        Raises ValueError when there is no point yet, StoreError when the folder cannot be written or holds other files.
+        """
+        current = self.compressor.points.current
+        if current is None:
+            raise ValueError("there is no point to export yet: press Run first")
+        return export(folder, current.artifact, current.run, self.points)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is going on and all has been drawn, at most `timeout` seconds; whether that is so."""
