@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
 from threading import get_ident
 
@@ -26,6 +29,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def spare_folder(owner: object) -> Path:
+    """Return a new temporary folder, for what another place does not take; it goes when its owner does."""
+    folder = tempfile.mkdtemp(prefix="fedlab-")
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:

@@ -143,12 +143,12 @@ def test_what_is_out_of_date_is_said(bench):
 
 def test_the_first_screen_holds_the_chosen_controls_and_nothing_twice():
     bench = Bench(controls=["rounds", "dtype", "dropout"])
-    _, knobs, _, folded = bench.screen.widget.children
+    _, _, knobs, _, folded = bench.screen.widget.children
     train, compress = (side.children for side in knobs.children)
     assert train[1:3] == (bench.controls["rounds"].widget, bench.controls["dropout"].widget)
     assert compress[1] is bench.controls["dtype"].widget
-    hidden = [row for side in folded.children for group in side.children
-              if isinstance(group, widgets.VBox) for row in group.children[1].children]  # fmt: skip
+    hidden = [row for side in folded.children for group in side.children if hasattr(group, "children")
+              if hasattr(group.children[1], "children") for row in group.children[1].children]  # fmt: skip
     assert bench.controls["rounds"].widget not in hidden and bench.controls["dtype"].widget not in hidden
     assert bench.controls["alpha"].widget in hidden and bench.controls["prune_ratio"].widget in hidden
 
@@ -199,7 +199,7 @@ def test_the_first_point_is_the_uncompressed_file(live):
     assert [(row["dtype"], row["prune_ratio"]) for row in live.points] == [("fp32", 0.0)]
     assert live.artifact.path.stat().st_size == live.points[0]["bytes"]
     assert ": 1 point, 1 on the Pareto front; the current one has " in seen(live)
-    assert spoken(live).startswith("1: mlp, fp32: ") and "1: mlp, fp32" in live.screen.table.value
+    assert spoken(live).startswith("1: mlp, fp32: ") and "1: mlp, fp32" in live.screen.points.table.value
 
 
 def test_a_recipe_that_is_set_beforehand_follows_the_baseline():
@@ -252,10 +252,10 @@ def test_points_are_named_hidden_and_brought_back_and_the_axis_is_switched(live)
     live.controls["dtype"].value = "fp16"
     assert live.wait(20)
     live.pin("half")
-    assert live.points[1]["name"] == "half" and "2: half, mlp, fp16" in live.screen.table.value
-    live.screen.hide.click()
+    assert live.points[1]["name"] == "half" and "2: half, mlp, fp16" in live.screen.points.table.value
+    live.screen.points.hide.click()
     assert len(live.points) == 1 and ": 1 point, 1 on the Pareto front." in seen(live)
-    live.screen.undo.click()
+    live.screen.points.undo.click()
     live.screen.axis.value = "latency_ms"
     assert re.fullmatch("Accuracy against latency of one prediction: 2 points, .* at .* (ms|µs)[.]", seen(live))
 
@@ -266,7 +266,7 @@ def test_the_teacher_is_trained_first_and_stands_behind_its_student():
     assert not bench.controls["temperature"].field.disabled
     bench.run(block=True)
     assert [run.experiment for run in bench.runs] == [teacher, bench.experiment]
-    assert bench.session.curves()[0][0] == "teacher mlp" and bench.points[0]["model"] == "logistic"
+    assert bench.session.curves("blobs", bench.marks)[0][0] == "teacher mlp" and bench.points[0]["model"] == "logistic"
     bench.controls["temperature"].value = 9.0
     assert "Changed since the bold curve: temperature 9.0. Press Run." in bench.screen.hint.value
 

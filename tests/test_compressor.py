@@ -1,14 +1,20 @@
 """The live side without a widget: the newest recipe, the baseline first, errors in words, marks that can be undone."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fedlab_kit.experiment import Experiment, Recipe
+from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.files import StoreError
 from fedlab_kit.lab import compressor as module
 from fedlab_kit.lab.compressor import NO_RUN, Compressor
+from fedlab_kit.lab.history import History, StoredRun
+from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.points import Points, said, table, words
-from fedlab_kit.runs import Run, train
+from fedlab_kit.runs import Run, runs_folder, train
+from fedlab_kit.sweep import MEASURED
 
 TINY = Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2, rounds=1)
 HALF = Recipe(prune_ratio=0.5)
@@ -17,6 +23,12 @@ HALF = Recipe(prune_ratio=0.5)
 @pytest.fixture
 def run() -> Run:
     return train(TINY)
+
+
+def compressor_of(folder: Path | None = None, **options) -> Compressor:
+    """A compressor on a store, the test's own if none is named."""
+    folder = folder or runs_folder()
+    return Compressor(Points(Marks(folder), History(folder)), **options)
 
 
 def settle(compressor: Compressor) -> Compressor:
@@ -32,7 +44,7 @@ def recipes(compressor: Compressor) -> list[Recipe]:
 
 
 def test_the_uncompressed_file_is_measured_first_and_once(run):
-    compressor = Compressor()
+    compressor = compressor_of()
     assert compressor.status == NO_RUN and compressor.artifact is None
     compressor.ask(run, HALF)
     settle(compressor)
@@ -44,28 +56,29 @@ def test_the_uncompressed_file_is_measured_first_and_once(run):
 
 
 def test_of_the_recipes_of_a_drag_the_latest_is_measured(run):
-    compressor = Compressor()
+    compressor = compressor_of()
     for ratio in (0.1, 0.2, 0.3, 0.4):
         compressor.ask(run, Recipe(prune_ratio=ratio), delay=0.3)
     assert recipes(settle(compressor)) == [Recipe(), Recipe(prune_ratio=0.4)]
 
 
 def test_a_recipe_that_was_measured_is_shown_again_not_measured_again(run, monkeypatch):
-    compressor = Compressor()
+    compressor = compressor_of()
     compressor.ask(run, HALF)
     settle(compressor)
     monkeypatch.setattr(module, "compress", None)
     compressor.ask(run, Recipe(prune="channel"))  # ratio 0: the same file as the baseline
     settle(compressor)
     assert compressor.error == "" and compressor.points.current.number == 1
-    compressor.points.hide(1)
+    compressor.points.marks.hide(compressor.points.current.key)
+    assert [row["point"] for row in compressor.points.rows()] == [2]
     compressor.ask(run, Recipe())
     assert [row["point"] for row in settle(compressor).points.rows()] == [1, 2]
 
 
 def test_an_impossible_recipe_is_answered_in_words_and_the_next_one_measured(run):
     told = []
-    compressor = Compressor(failed=told.append)
+    compressor = compressor_of(failed=told.append)
     compressor.ask(run, Recipe(prune="channel", prune_ratio=0.999))
     settle(compressor)
     assert compressor.status == f"Error: {compressor.error}" and told == [compressor.error]
@@ -79,20 +92,20 @@ def test_an_unforeseen_failure_is_said(run, monkeypatch):
         raise KeyError("oops")
 
     monkeypatch.setattr(module, "compress", broken)
-    compressor = Compressor()
+    compressor = compressor_of()
     compressor.ask(run, HALF)
     assert settle(compressor).status == "Error: KeyError: 'oops'"
 
 
 def test_preparing_leaves_no_point_and_no_file(runs_folder):
-    compressor = Compressor()
+    compressor = compressor_of()
     compressor.prepare(TINY)
     settle(compressor)
     assert compressor.status == NO_RUN and compressor.points.all == () and not runs_folder.exists()
 
 
 def test_preparing_gives_way_to_a_run_but_not_to_a_question(run):
-    compressor = Compressor(occupied=lambda: True)
+    compressor = compressor_of(occupied=lambda: True)
     compressor.prepare(TINY)
     compressor.watch(0.3)
     assert compressor.busy and "Preparing" in compressor.status
@@ -101,58 +114,102 @@ def test_preparing_gives_way_to_a_run_but_not_to_a_question(run):
 
 
 def test_preparing_what_cannot_be_built_says_nothing_yet():
-    compressor = Compressor()
+    compressor = compressor_of()
     compressor.prepare(TINY.replace(model="cnn"))
     assert settle(compressor).status == NO_RUN
 
 
-class Thing:
-    """Stands for a run and an artifact alike: all numbers are 0.5 but the sizes."""
-
-    key, note, interval = "abc", "", (0.4, 0.6)
-    experiment, measured = Experiment(), {"seconds": 0.5}
-    bytes = zstd_bytes = uplink_bytes = 1000
-
-    def __getattr__(self, name: str) -> float:
-        return 0.5
+FIGURES = {**dict.fromkeys(MEASURED, 0.5), "bytes": 1000, "zstd_bytes": 1000, "interval": [0.4, 0.6], "note": ""}
+CARD = {"measured": FIGURES, "when": "2026-11-22T15:46:10+00:00", "machine": "Linux x86_64, 2 cores"}
 
 
-def two_points() -> Points:
-    points = Points()
-    points.add(Thing(), Recipe(), Thing())
-    points.add(Thing(), HALF, Thing())
+def stored(key: str = "abc") -> StoredRun:
+    """A run on paper."""
+    record = RoundRecord(1, 0.5, 0.4, 0.6, 1.0, 1000, 1000, 0.5, (0,), (0,), (5,), (10,))
+    return StoredRun(key, Experiment(rounds=1), (record,), {"seconds": 0.5, "when": "2026", "machine": ""})
+
+
+def two_points(folder: Path) -> Points:
+    points = Points(Marks(folder))
+    for recipe in (Recipe(), HALF):
+        points.add(stored(), recipe, SimpleNamespace(path=Path("x.onnx"), card=CARD))
     return points
 
 
-def test_marks_can_be_undone():
-    points = two_points()
-    points.pin(2, "small")
-    points.hide(2)
-    assert [row["point"] for row in points.rows()] == [1]
-    assert points.undo() and [row["name"] for row in points.rows()] == ["", "small"]
-    assert points.undo() and [row["name"] for row in points.rows()] == ["", ""]
-    assert not points.undo()
-
-
-@given(st.lists(st.tuples(st.sampled_from(["pin", "hide"]), st.integers(1, 2)), max_size=6))
-def test_undoing_every_mark_leads_back_to_the_start(marks):
-    points = two_points()
-    before = points.rows()
-    for mark, number in marks:
-        points.pin(number, "x") if mark == "pin" else points.hide(number)
-    for _ in marks:
-        assert points.undo()
-    assert points.rows() == before
-
-
-def test_a_point_in_words_and_in_the_table():
-    points = two_points()
-    points.pin(2, "<mine>")
+def test_a_point_in_words_and_in_the_table(tmp_path):
+    points = two_points(tmp_path)
+    points.marks.name("abc/weight-0.5-fp32", "<mine>")
     first, second = points.rows()
     assert words(first) == "1: cnn, fp32" and words(second) == "2: <mine>, cnn, weight 0.5 fp32"
-    assert said(first) == "1: cnn, fp32: 50.0 % (95 % interval 40.0 % to 60.0 %), 1 kB, 1 kB with zstd."
-    assert said({**first, "note": "int4 does nothing here"}).endswith("with zstd. Note: int4 does nothing here.")
-    text = table([first, second], current=2)
+    assert said(first) == "1: cnn, fp32: 50.0 % (95 % interval 40.0 % to 60.0 %), 1 kB, 1 kB with zstd; measured now."
+    assert said({**first, "note": "int4 does nothing here"}).endswith("measured now. Note: int4 does nothing here.")
+    earlier = said({**first, "earlier": True})
+    assert earlier.endswith("measured 2026-11-22 15:46 UTC on Linux x86_64, 2 cores.")
+    text = table([first, {**second, "earlier": True}], current=2)
+    assert "<td>now</td>" in text and "<td>2026-11-22 15:46 UTC</td>" in text and "on Linux x86_64, 2 cores" in text
     assert "&lt;mine&gt;" in text and text.index("2: ") < text.index("1: ")
     assert text.count("<tr") == 3 and text.count("aria-current") == 1
     assert "The last 1 of 2 points" in table([first, second], 2, most=1) and table([], None) == ""
+
+
+def test_points_of_earlier_benches_are_there_and_answered_from_their_files(run, monkeypatch):
+    first = compressor_of()
+    first.ask(run, HALF)
+    settle(first)
+    second = compressor_of()
+    assert [row["earlier"] for row in second.points.shown("blobs")] == [True, True] and second.points.rows() == []
+    assert second.points.shown("blobs", earlier=False) == second.points.shown("digits") == []
+    monkeypatch.setattr(module, "compress", None)
+    second.ask(run, HALF)
+    settle(second)
+    assert (
+        second.error == ""
+        and "; measured 20" in second.status
+        and [row["point"] for row in second.points.rows()] == [1, 2]
+    )
+    same = ("accuracy", "bytes", "zstd_bytes", "latency_ms", "path")
+    assert [[row[name] for name in same] for row in second.points.rows()] == [
+        [row[name] for name in same] for row in first.points.rows()
+    ]
+    assert second.artifact.predict(run.dataset.validation.x[:2]).shape == (2, 3)
+
+
+def test_any_earlier_point_can_be_made_the_current_one(run):
+    first = compressor_of()
+    first.ask(run, HALF)
+    settle(first)
+    second = compressor_of()
+    second.choose(2)
+    assert settle(second).points.current.recipe == HALF and second.artifact.sparsity > 0.4
+    second.points.all[0].path.write_bytes(b"cut")
+    second.choose(1)
+    assert "is missing or altered: press Run" in settle(second).status and second.points.current.number == 2
+    second.ask(run, Recipe())
+    assert settle(second).status.endswith("measured now.") and second.points.current.number == 1
+
+
+def test_an_artifact_that_the_disk_does_not_take_is_measured_all_the_same(run, monkeypatch):
+    real = module.compress
+
+    def full(run, recipe, folder=None):
+        if folder is None:
+            raise StoreError("cannot write here: No space left on device")
+        return real(run, recipe, folder)
+
+    monkeypatch.setattr(module, "compress", full)
+    compressor = compressor_of()
+    compressor.ask(run, HALF)
+    assert settle(compressor).status.endswith("Not stored: cannot write here: No space left on device.")
+    assert recipes(compressor) == [Recipe(), HALF] and compressor.artifact.path.exists() and compressor.error == ""
+
+
+def test_something_else_can_be_done_and_fail_in_words():
+    compressor = compressor_of()
+    compressor.do("Doing it.", lambda: "Done.")
+    assert settle(compressor).status == "Done."
+
+    def broken() -> str:
+        raise StoreError("cannot write there")
+
+    compressor.do("Doing it.", broken)
+    assert settle(compressor).status == "Error: cannot write there"

@@ -15,6 +15,7 @@ import fedlab_kit as fk
 from fedlab_kit.deployment.artifact import load
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.export import export, reproduce
+from fedlab_kit.lab.marks import Mark
 from fedlab_kit.lab.points import Point
 
 EXPERIMENT = fk.Experiment(
@@ -36,7 +37,9 @@ def artifact(run, tmp_path_factory) -> fk.Artifact:
 @pytest.fixture(scope="module")
 def points(run, artifact, tmp_path_factory) -> list[dict]:
     plain = fk.compress(run, fk.Recipe(), tmp_path_factory.mktemp("artifacts"))
-    return [Point(1, run, fk.Recipe(), plain).row("the <baseline>"), Point(2, run, RECIPE, artifact).row()]
+    made = [Point(1, run, fk.Recipe(), plain.path, plain.card, earlier=True),
+            Point(2, run, RECIPE, artifact.path, artifact.card, earlier=False)]  # fmt: skip
+    return [made[0].row(Mark("the <baseline>"), "first"), made[1].row(Mark())]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,9 @@ def test_the_table_is_that_of_the_points_without_folders_of_this_machine(folder,
     table = pandas.read_csv(folder / "points.csv")
     assert table["accuracy"].tolist() == [point["accuracy"] for point in points]
     assert table["file"].tolist() == [point["path"].name for point in points]
-    assert table["name"].tolist()[0] == "the <baseline>"
+    assert table["name"].tolist()[0] == "the <baseline>" and table["run_name"].tolist()[0] == "first"
+    assert table["earlier"].tolist() == [True, False] and set(table["run"]) == {points[0]["run"]}
+    assert table[["when", "machine"]].values.tolist() == [[point["when"], point["machine"]] for point in points]
     assert str(points[0]["path"].parent) not in (folder / "points.csv").read_text()
 
 

@@ -6,8 +6,13 @@ from time import perf_counter
 import pytest
 
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.files import StoreError
 from fedlab_kit.lab import session as module
+from fedlab_kit.lab.history import History
+from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.session import Session, difference
+from fedlab_kit.runs import train
+from fedlab_kit.store import RunFolder
 
 TINY = Experiment(model="logistic", clients=4, clients_per_round=2, rounds=3)
 LONG = TINY.replace(rounds=100_000)
@@ -128,12 +133,17 @@ def test_a_refusal_is_added_to_the_status_and_taken_back(session):
     assert session.status == "Ready: press Run."
 
 
-def test_earlier_runs_are_labelled_by_what_sets_them_apart(session):
+def test_earlier_runs_are_labelled_by_what_sets_them_apart(session, tmp_path):
+    marks = Marks(tmp_path)
     finished(session, TINY.replace(alpha=0.1))
     finished(session, TINY.replace(lr=0.5, alpha=0.1))
     finished(session)
-    assert [label for label, _ in session.curves()] == ["alpha 0.1", "alpha 0.1, lr 0.5"]
-    assert [label for label, _ in session.curves(most=1)] == ["alpha 0.1, lr 0.5"]
+    assert [label for label, _ in session.curves("digits", marks)] == ["alpha 0.1", "alpha 0.1, lr 0.5"]
+    assert [label for label, _ in session.curves("digits", marks, most=1)] == ["alpha 0.1, lr 0.5"]
+    marks.name(session.runs[0].key, "skewed")
+    marks.hide(session.runs[1].key)
+    assert [label for label, _ in session.curves("digits", marks)] == ["skewed"]
+    assert session.curves("mnist", marks) == []
 
 
 def test_difference_between_settings():
@@ -149,3 +159,64 @@ def test_an_event_of_an_earlier_run_cannot_stop_a_later_one(session, monkeypatch
     stops[0].set()
     finished(session, TINY.replace(seed=8))
     assert session.runs[-1].status == "finished"
+
+
+def test_runs_of_earlier_benches_stand_before_those_of_this_one(runs_folder):
+    first = train(TINY)
+    train(TINY.replace(alpha=0.1))
+    session = finished(Session(earlier=History(runs_folder).runs), TINY.replace(seed=8))
+    assert [run.experiment.seed for run in session.known] == [7, 7, 8]
+    finished(session)
+    assert [run.key for run in session.known].count(first.key) == 1 and session.known[-1].from_store
+
+
+def test_a_run_that_the_disk_does_not_take_is_shown_all_the_same(session, runs_folder):
+    runs_folder.write_text("a file where the store should be")
+    finished(session)
+    (run,) = session.runs
+    assert run.status == "finished" and len(session.records) == 3 and session.error == ""
+    assert session.status.startswith("Finished: ") and "Not stored: cannot write" in session.status
+    assert not run.path.is_relative_to(runs_folder) and run.model is not None
+    assert run.records[-1].accuracy == session.records[-1].accuracy
+
+
+def test_a_disk_that_fills_up_during_a_run_loses_nothing(session, monkeypatch, runs_folder):
+    real = RunFolder.commit
+
+    def full(self, state, record):
+        if record.round == 2 and self.path.parent == runs_folder:
+            raise StoreError(f"cannot write {self.path}: No space left on device")
+        real(self, state, record)
+
+    monkeypatch.setattr(RunFolder, "commit", full)
+    finished(session)
+    assert [record.round for record in session.records] == [1, 2, 3] and session.runs[0].status == "finished"
+    assert "Not stored: cannot write" in session.status and "No space left" in session.status
+
+
+def test_a_store_that_can_be_read_but_not_written_still_answers(session, monkeypatch):
+    train(TINY)
+
+    def locked(self, stop):
+        raise StoreError(f"cannot write {self.path}: Read-only file system")
+
+    monkeypatch.setattr(RunFolder, "locked", locked)
+    finished(session)
+    assert "Answered from the store" in session.status and "Read-only file system" in session.status
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "records.jsonl"])
+def test_a_damaged_run_is_named_and_made_again_beside_the_store(session, name):
+    file = train(TINY).path / name
+    file.write_bytes(file.read_bytes()[:40])
+    finished(session)
+    assert session.runs[0].status == "finished" and not session.runs[0].from_store
+    assert "Not stored: " in session.status and "is damaged" in session.status and str(file.parent) in session.status
+
+
+def test_two_sessions_on_one_store_give_one_run(session):
+    other = Session()
+    assert session.start(TINY) and other.start(TINY)
+    assert session.wait(60) and other.wait(60)
+    assert session.error == other.error == "" and session.runs[0].weights.equal(other.runs[0].weights)
+    assert {session.runs[0].from_store, other.runs[0].from_store} == {True, False}

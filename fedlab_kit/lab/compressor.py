@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from threading import Event, Lock, main_thread
 
-from fedlab_kit.deployment.artifact import Artifact, compress, slug
+from fedlab_kit.deployment.artifact import Artifact, compress, load, slug
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.server import start
-from fedlab_kit.lab.points import Points, said
+from fedlab_kit.files import StoreError, spare_folder
+from fedlab_kit.lab.points import Point, Points, said
 from fedlab_kit.runs import Run
 
 DELAY = 0.08  # seconds that a recipe must stand before it is measured, so that a drag ends in one point
@@ -29,14 +31,19 @@ class Compressor:
     """Measures the newest recipe that it was asked for; everything else may be read at any moment.
 
     `points` holds what was measured, `error` what went wrong last ("" if nothing did). `occupied` says whether a run
-    needs the processor more urgently than a preparation does, `failed` is called with the words of every error.
+    needs the processor more urgently than a preparation does, `failed` is called with the words of every error. An
+    artifact that the disk does not take is kept all the same, in a temporary folder, and the status says so.
     """
 
     def __init__(
-        self, occupied: Callable[[], bool] = lambda: False, failed: Callable[[str], None] = lambda error: None
+        self,
+        points: Points,
+        occupied: Callable[[], bool] = lambda: False,
+        failed: Callable[[str], None] = lambda error: None,
     ) -> None:
-        self.points = Points()
+        self.points = points
         self.error = ""
+        self._unstored = ""
         self._occupied, self._failed = occupied, failed
         self._lock, self._news = Lock(), Event()
         self._said = NO_RUN
@@ -69,6 +76,14 @@ class Compressor:
             waiting, self._asked = self._asked is not None, (run, recipe)
         if not waiting:
             self._submit(self._answer)
+
+    def choose(self, number: int) -> None:
+        """Make any point the current one; one of an earlier bench is opened for that."""
+        self._submit(self._choose, number)
+
+    def do(self, doing: str, job: Callable[[], str]) -> None:
+        """Do something else that takes time, after what was asked for before; the job returns what to say then."""
+        self._submit(self._do, doing, job)
 
     def prepare(self, experiment: Experiment) -> None:
         """Load the exporter and export the experiment's model once, untrained: that takes seconds the first time."""
@@ -111,17 +126,53 @@ class Compressor:
         if asked is None:
             return
         run, recipe = asked
-        self.error = ""
+        self.error = self._unstored = ""
         for one in dict.fromkeys((Recipe(), recipe)):
-            if self.points.find(run, one) is None:
-                self._say(f"Measuring {slug(one).replace('-', ' ')}.")
-                self.points.add(run, one, compress(run, one))
-        self.points.show(run, recipe)
+            point = self.points.find(run, one)
+            if point and self._open(point):
+                self.points.count(point)
+                continue
+            self._say(f"Measuring {slug(one).replace('-', ' ')}.")
+            self.points.add(run, one, self._made(run, one))
+        if found := self.points.find(run, recipe):
+            self.points.show(found)
         self._say(self._outcome())
+
+    def _open(self, point: Point) -> Point | None:
+        """Load the artifact of a point of an earlier bench; None when its files are no longer whole."""
+        try:
+            return point if point.artifact else self.points.opened(point, load(point.path))
+        except StoreError:
+            return None
+
+    def _made(self, run: Run, recipe: Recipe) -> Artifact:
+        try:
+            return compress(run, recipe)
+        except StoreError as error:
+            self._unstored = f"Not stored: {error}."
+            return compress(run, recipe, self._spare)
+
+    @cached_property
+    def _spare(self) -> Path:
+        """Where artifacts go that the store does not take, as long as the bench lasts."""
+        return spare_folder(self)
+
+    def _choose(self, number: int) -> None:
+        self.error = self._unstored = ""
+        point = self.points.all[number - 1]
+        whole = self._open(point)
+        if whole is None:
+            raise StoreError(f"{point.path} is missing or altered: press Run with its settings to make it again")
+        self.points.show(whole)
+        self._say(self._outcome())
+
+    def _do(self, doing: str, job: Callable[[], str]) -> None:
+        self._say(doing)
+        self._say(job())
 
     def _outcome(self) -> str:
         current = self.points.current
-        return said(current.row(self.points.names.get(current.number, ""))) if current else NO_RUN
+        return f"{said(self.points.row(current))} {self._unstored}".rstrip() if current else NO_RUN
 
     def _prepare(self, experiment: Experiment) -> None:
         for part in PARTS:

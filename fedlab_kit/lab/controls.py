@@ -71,6 +71,15 @@ class Controls:
             control.show(errors.get(name, ""), {**dict(self._settings[owner]), **values})
         self.changed(owner)
 
+    def take(self, settings: Settings) -> None:
+        """Put other settings of a class into the controls, with what has no control."""
+        owner, changed = type(settings), self.changed
+        self.changed = lambda owner: None  # once at the end, not for each of the fields
+        for name, control in self.of(owner).items():
+            control.value = getattr(settings, name)
+        self.changed, self._settings[owner] = changed, settings
+        self.check(owner)
+
     def complain(self, message: str) -> None:
         """Show an error that came later, from the work, beside the control whose field it names first."""
         control = self._controls.get(message.split(" ")[0])
@@ -106,12 +115,22 @@ def validate(settings: Settings, values: dict[str, Any]) -> tuple[Any, dict[str,
 
 
 def fold(title: str, controls: list[Control]) -> Any:
-    """Return a button that shows and hides controls and their help; an Accordion cannot be opened by keyboard."""
-    rows = [control.widget for control in controls]
-    body = widgets.VBox([*rows, help_text(controls)], layout={"display": "none", "padding": "0 0 8px 0"})
+    """Return a button that shows and hides controls and their help."""
+    return folded(title, [*(control.widget for control in controls), help_text(controls)])
+
+
+def folded(title: str, rows: list[Any], moved: Callable[[], object] = lambda: None) -> Any:
+    """Return a button that shows and hides rows of widgets, and calls `moved` then; an Accordion has no keyboard."""
+    body = widgets.VBox(rows, layout={"display": "none", "padding": "0 0 8px 0"})
     button = widgets.Button(description=f"Show {title}", layout={"width": "320px", "max_width": "98%"})
-    button.on_click(lambda _: _toggle(button, body, title))
-    return widgets.VBox([button, body])
+    whole = widgets.VBox([button, body])
+    button.on_click(lambda _: _toggle(button, body, title, moved))
+    return whole
+
+
+def is_open(whole: Any) -> bool:
+    """Whether what `folded` made is unfolded now."""
+    return whole.children[1].layout.display != "none"
 
 
 def help_text(controls: list[Control]) -> Any:
@@ -123,7 +142,8 @@ def help_text(controls: list[Control]) -> Any:
     )
 
 
-def _toggle(button: Any, body: Any, title: str) -> None:
+def _toggle(button: Any, body: Any, title: str, moved: Callable[[], object]) -> None:
     hidden = body.layout.display == "none"
     body.layout.display = "" if hidden else "none"
     button.description = f"{'Hide' if hidden else 'Show'} {title}"
+    moved()

@@ -12,10 +12,8 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedlab_kit.lab.canvas import (
-    BLUE,
     GREY,
     STYLES,
-    VERMILLION,
     canvas,
     human_bytes,
     human_ms,
@@ -24,8 +22,8 @@ from fedlab_kit.lab.canvas import (
     to_html,
     to_image,
     to_png,
-    whole_numbers,
 )
+from fedlab_kit.lab.clients import client_accuracy, label_counts
 from fedlab_kit.lab.curve import Curve, LiveCurve, accuracy_curve, describe_curve
 
 if TYPE_CHECKING:
@@ -78,22 +76,21 @@ def accuracy_against(
 
     A point is a mapping with `accuracy`, `low`, `high` in 0..1 and the quantity that `axis` (a key of `AXES`) names;
     points that lack it are left out. Those of one `kind` share colour and marker, one with a `name` is labelled,
-    `current` (an index) is ringed. Raises ValueError for an unknown axis.
+    `current` (an index) is ringed, and those that are `earlier` are hollow, without interval unless they are named.
+    Raises ValueError for an unknown axis.
     """
     quantity = _axis(axis)
     figure, axes = canvas(right=0.23)
     axes.set(xlabel=quantity.label, ylabel="Accuracy on validation (%)")
     shown = [point for point in points if _positive(point.get(axis))]
-    for (color, marker), (name, group) in zip(cycle(STYLES), _groups(shown, kind).items(), strict=False):
-        y = [100 * point["accuracy"] for point in group]
-        bars = [[100 * max(0.0, p[a] - p[b]) for p in group] for a, b in (("accuracy", "low"), ("high", "accuracy"))]
-        axes.errorbar(
-            [p[axis] for p in group], y, bars, fmt=marker, color=color, markersize=6, elinewidth=0.8, label=name
-        )
+    for style, (name, group) in zip(cycle(STYLES), _groups(shown, kind).items(), strict=False):
+        _add_kind(axes, axis, name, group, *style)
     best = pareto([(point[axis], point["accuracy"]) for point in shown])
     corners = [(shown[i][axis], 100 * shown[i]["accuracy"]) for i in best]
     if corners:
         axes.step(*zip(*corners, strict=True), where="post", color=GREY, linewidth=1.2, zorder=1, label="Pareto front")
+    if any(point.get("earlier") for point in shown):
+        axes.plot([], [], "o", color=GREY, fillstyle="none", alpha=0.6, markersize=5, label="measured earlier")
     if current is not None and _positive(points[current].get(axis)):
         chosen = points[current]
         axes.plot(
@@ -107,6 +104,24 @@ def accuracy_against(
     if shown:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=GREY, fontsize=9)
     return figure
+
+
+def _add_kind(axes: Axes, axis: str, name: str, group: list[Mapping[str, Any]], color: str, marker: str) -> None:
+    """Draw the points of one kind: those of now with their intervals, earlier ones hollow and faint."""
+    now, earlier = ([p for p in group if bool(p.get("earlier")) is when] for when in (False, True))
+    if now:
+        _add_bars(axes, axis, now, fmt=marker, color=color, markersize=6, label=name)
+    if earlier:
+        faint: dict[str, Any] = {"color": color, "alpha": 0.6}
+        _add_bars(axes, axis, [p for p in earlier if p.get("name")], fmt="none", **faint)
+        x, y = [p[axis] for p in earlier], [100 * p["accuracy"] for p in earlier]
+        axes.plot(x, y, marker, fillstyle="none", markersize=5, label="" if now else name, **faint)
+
+
+def _add_bars(axes: Axes, axis: str, points: list[Mapping[str, Any]], **look: Any) -> None:
+    x, y = [p[axis] for p in points], [100 * p["accuracy"] for p in points]
+    bars = [[100 * max(0.0, p[a] - p[b]) for p in points] for a, b in (("accuracy", "low"), ("high", "accuracy"))]
+    axes.errorbar(x, y, bars, elinewidth=0.8, **look)
 
 
 def describe_points(points: Sequence[Mapping[str, Any]], axis: str = "bytes", current: int | None = None) -> str:
@@ -138,51 +153,6 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
         if not front or points[index][1] > points[front[-1]][1]:
             front.append(index)
     return front
-
-
-def label_counts(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Draw who holds which labels as bubbles, area by samples: counts is [clients, classes]."""
-    cells = [(k, c, n) for k, row in enumerate(counts) for c, n in enumerate(row) if n]
-    figure, axes = canvas(right=0.03, left=0.22 if max(map(len, classes)) > 3 else 0.11)
-    axes.set(xlabel="Client", ylabel="Label", xlim=(-0.7, len(counts) - 0.3), ylim=(-0.7, len(classes) - 0.3))
-    axes.set_yticks(range(len(classes)), classes)
-    whole_numbers(axes)
-    width, height = axes.get_position().size * figure.get_size_inches() * 72
-    cell = min(width / len(counts), height / len(classes))
-    largest = max(n for *_, n in cells)
-    x, y, n = zip(*cells, strict=True)
-    axes.scatter(x, y, s=[(0.95 * cell) ** 2 * value / largest for value in n], color=BLUE, alpha=0.85, linewidth=0)
-    axes.set_title(f"Largest bubble: {largest} samples", color=GREY, fontsize=9, loc="right")
-    return figure
-
-
-def client_accuracy(
-    accuracy: Sequence[float], low: Sequence[float], high: Sequence[float], names: Sequence[str] = ()
-) -> Figure:
-    """Draw each client's accuracy (0..1) with its interval, worst first, beside the mean over clients."""
-    names = names or [str(client) for client in range(len(accuracy))]
-    order = sorted(range(len(accuracy)), key=lambda client: accuracy[client])
-    figure, axes = canvas(right=0.18)
-    axes.set(ylabel="Accuracy on validation (%)", xlabel="Client, worst first", xlim=(-0.7, len(order) - 0.3))
-    for place, client in enumerate(order):
-        color, marker = (VERMILLION, "s") if place == 0 else (BLUE, "o")
-        axes.vlines(place, 100 * low[client], 100 * high[client], color=color, linewidth=1)
-        axes.plot(place, 100 * accuracy[client], marker, color=color, markersize=6)
-    axes.set_xticks(range(len(order)), [names[client] for client in order] if len(order) <= 30 else [""] * len(order))
-    mean = 100 * sum(accuracy) / len(accuracy)
-    axes.axhline(mean, color=GREY, linewidth=1, linestyle="--")
-    axes.annotate(
-        f"mean {percent(mean / 100)}",
-        (1.01, mean),
-        xycoords=("axes fraction", "data"),
-        color=GREY,
-        va="center",
-        fontsize=9,
-    )
-    worst = order[0]
-    text = f"worst: {names[worst]}, {percent(accuracy[worst])}"
-    axes.annotate(text, (0, 100 * accuracy[worst]), (8, -11), textcoords="offset points", color=VERMILLION, fontsize=9)
-    return figure
 
 
 def _axis(name: str) -> Axis:

@@ -1,15 +1,18 @@
-"""The points of a session: each one artifact of one run, with the marks that a person put on it."""
+"""The points of a bench: each one artifact of one run, those of earlier benches first."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from fedlab_kit.deployment.artifact import Artifact, slug
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.lab.canvas import human_bytes, human_ms, percent
+from fedlab_kit.lab.history import History, StoredRun, moment, origin
+from fedlab_kit.lab.marks import Mark, Marks
 from fedlab_kit.runs import Run
 from fedlab_kit.sweep import MEASURED
 
@@ -18,98 +21,129 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One measured artifact; `number` counts from 1 in the order of measurement."""
+    """One measured artifact, as its card describes it; `number` counts from 1 in the order of measurement.
+
+    `earlier` says that it was measured before this bench, or by another one; `artifact` is None until it is opened.
+    """
 
     number: int
-    run: Run
+    run: Run | StoredRun
     recipe: Recipe
-    artifact: Artifact
+    path: Path
+    card: dict[str, Any]
+    earlier: bool
+    artifact: Artifact | None = None
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> str:
         """What the file depends on: the run, and the part of the recipe that is in effect."""
-        return self.run.key, slug(self.recipe)
+        return f"{self.run.key}/{slug(self.recipe)}"
 
-    def row(self, name: str = "") -> Row:
+    def row(self, mark: Mark, run_name: str = "") -> Row:
         """The point as plots and tables want it."""
-        measured = {field: getattr(self.artifact, field) for field in MEASURED}
-        low, high = self.artifact.interval
+        figures = self.card["measured"]
         return {
             "point": self.number,
-            "name": name,
+            "name": mark.name,
+            "run_name": run_name,
+            "dataset": self.run.experiment.dataset,
             "model": self.run.experiment.model,
             **dict(self.recipe),
-            **measured,
-            "low": low,
-            "high": high,
+            **{field: figures[field] for field in MEASURED},
+            "low": figures["interval"][0],
+            "high": figures["interval"][1],
             "uplink_bytes": self.run.uplink_bytes,
             "downlink_bytes": self.run.downlink_bytes,
             "seconds": self.run.measured["seconds"],
-            "path": self.artifact.path,
+            "earlier": self.earlier,
+            "when": self.card["when"],
+            "machine": self.card["machine"],
+            "run": self.run.key,
+            "path": self.path,
         }
 
 
 class Points:
-    """Every point of a session in order, and its marks, which can be undone: its name once pinned, hidden or not."""
+    """Every point in order, which of them this bench was asked for, and the current one; marks are kept by `marks`."""
 
-    def __init__(self) -> None:
-        self.all: tuple[Point, ...] = ()
+    def __init__(self, marks: Marks, history: History | None = None) -> None:
+        self.marks = marks
+        self.all: tuple[Point, ...] = _stored(history) if history else ()
+        self.asked: tuple[int, ...] = ()
         self.current: Point | None = None
-        self.names: dict[int, str] = {}
-        self.hidden: frozenset[int] = frozenset()
-        self._before: list[tuple[dict[int, str], frozenset[int]]] = []
 
-    def add(self, run: Run, recipe: Recipe, artifact: Artifact) -> None:
-        """Put a new artifact at the end and make it the current point."""
-        self.current = Point(len(self.all) + 1, run, recipe, artifact)
-        self.all = (*self.all, self.current)
+    def add(self, run: Run, recipe: Recipe, artifact: Artifact, earlier: bool = False) -> None:
+        """Put an artifact at the end, or in the place of its like, and make it the current point."""
+        before = self.find(run, recipe)
+        number = before.number if before else len(self.all) + 1
+        point = Point(number, run, recipe, artifact.path, artifact.card, earlier, artifact)
+        self.all = (*self.all[: number - 1], point, *self.all[number:])
+        self.show(point)
 
     def find(self, run: Run, recipe: Recipe) -> Point | None:
         """The point of this run and recipe, if it was measured before."""
-        return next((point for point in self.all if point.key == (run.key, slug(recipe))), None)
+        key = f"{run.key}/{slug(recipe)}"
+        return next((point for point in self.all if point.key == key), None)
 
-    def show(self, run: Run, recipe: Recipe) -> None:
-        """Make the point of this run and recipe the current one, and bring it back if it was hidden."""
-        if found := self.find(run, recipe):
-            self.current, self.hidden = found, self.hidden - {found.number}
+    def opened(self, point: Point, artifact: Artifact) -> Point:
+        """Keep the artifact of a point of an earlier bench; returns the point with it."""
+        whole = replace(point, artifact=artifact)
+        self.all = tuple(whole if one.number == point.number else one for one in self.all)
+        return whole
+
+    def count(self, point: Point) -> None:
+        """Count a point of an earlier bench among those that this one was asked for."""
+        if point.number not in self.asked:
+            self.asked = (*self.asked, point.number)
+
+    def show(self, point: Point) -> None:
+        """Make a point the current one and the last that was asked for; bring it back if it was hidden."""
+        for key in (point.key, point.run.key):
+            self.marks.show(key)
+        self.asked = (*(number for number in self.asked if number != point.number), point.number)
+        self.current = point
 
     def rows(self) -> list[Row]:
-        """The points that are not hidden."""
-        return [point.row(self.names.get(point.number, "")) for point in self.all if point.number not in self.hidden]
+        """The points this bench was asked for, in the order of measurement, without those that are hidden."""
+        return [self.row(point) for point in self._visible() if point.number in self.asked]
 
-    def pin(self, number: int, name: str) -> None:
-        """Name a point; an empty name takes it off again."""
-        self._remember()
-        self.names = {**self.names, number: name}
+    def shown(self, dataset: str, earlier: bool = True) -> list[Row]:
+        """The points on one data set that are not hidden: those of earlier benches, then those asked for here."""
+        asked = {number: place for place, number in enumerate(self.asked)}
+        points = [p for p in self._visible() if p.run.experiment.dataset == dataset and (earlier or p.number in asked)]
+        return [self.row(point) for point in sorted(points, key=lambda p: asked.get(p.number, -1))]
 
-    def hide(self, number: int) -> None:
-        """Take a point out of plot and table."""
-        self._remember()
-        self.hidden = self.hidden | {number}
+    def row(self, point: Point) -> Row:
+        """One point with the names it and its run have been given."""
+        return point.row(self.marks[point.key], self.marks[point.run.key].name)
 
-    def undo(self) -> bool:
-        """Take back the last mark; False when there is none."""
-        if not self._before:
-            return False
-        self.names, self.hidden = self._before.pop()
-        return True
+    def _visible(self) -> list[Point]:
+        return [p for p in self.all if not (self.marks[p.key].hidden or self.marks[p.run.key].hidden)]
 
-    def _remember(self) -> None:
-        self._before.append((self.names, self.hidden))
+
+def _stored(history: History) -> tuple[Point, ...]:
+    """Return the points that the store holds, in the order of their measurement."""
+    found = [(run, path, card) for run in history.runs for path, card in history.cards[run.key].items()]
+    found.sort(key=lambda one: str(one[2]["when"]))
+    return tuple(
+        Point(number, run, Recipe(**card["recipe"]), path, card, earlier=True)
+        for number, (run, path, card) in enumerate(found, start=1)
+    )
 
 
 def words(row: Row) -> str:
-    """Say which recipe a point is, e.g. "3: cnn, channel 0.5 int8 static"; a name comes in front."""
+    """Say which recipe a point is, e.g. "3: cnn, channel 0.5 int8 static"; names come in front."""
     recipe = Recipe(**{field: row[field] for field in Recipe.model_fields})
     name = f"{row['name']}, " if row["name"] else ""
-    return f"{row['point']}: {name}{row['model']}, {slug(recipe).replace('-', ' ')}"
+    return f"{row['point']}: {name}{row['run_name'] or row['model']}, {slug(recipe).replace('-', ' ')}"
 
 
 def said(row: Row) -> str:
-    """Say what was measured on a point."""
+    """Say what was measured on a point, and when."""
     text = (
         f"{words(row)}: {percent(row['accuracy'])} (95 % interval {percent(row['low'])} to {percent(row['high'])}), "
-        f"{human_bytes(row['bytes'])}, {human_bytes(row['zstd_bytes'])} with zstd."
+        f"{human_bytes(row['bytes'])}, {human_bytes(row['zstd_bytes'])} with zstd; "
+        f"{origin(row['earlier'], row)}."
     )
     return f"{text} Note: {row['note']}." if row["note"] else text
 
@@ -118,11 +152,13 @@ def table(rows: Sequence[Row], current: int | None, most: int = 6) -> str:
     """Return the last points, newest first, as an HTML table; the current one is bold."""
     if not rows:
         return ""
-    heads = ("Point", "Accuracy", "File", "zstd", "Latency")
+    heads = ("Point", "Accuracy", "File", "zstd", "Latency", "Measured")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     lines = "".join(_line(row, row["point"] == current) for row in reversed(rows[-most:]))
-    more = f"<caption>The last {most} of {len(rows)} points</caption>" if len(rows) > most else ""
-    return f'<table class="fedlab-points">{more}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+    where = ", ".join(sorted({row["machine"] for row in rows[-most:]}))
+    some = f"The last {most} of {len(rows)} points" if len(rows) > most else "All points"
+    caption = f"<caption>{some}, measured on {escape(where)}</caption>"
+    return f'<table class="fedlab-points">{caption}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
 
 
 def _line(row: Row, current: bool) -> str:
@@ -131,6 +167,7 @@ def _line(row: Row, current: bool) -> str:
         human_bytes(row["bytes"]),
         human_bytes(row["zstd_bytes"]),
         human_ms(row["latency_ms"]),
+        escape(moment(row)) if row["earlier"] else "now",
     )
     look = ' class="fedlab-current" aria-current="true"' if current else ""
     return f'<tr{look}><th scope="row">{escape(words(row))}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'

@@ -14,6 +14,7 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab.control import Control
 from fedlab_kit.lab.controls import Controls, help_text
 from fedlab_kit.lab.plots import AXES
+from fedlab_kit.lab.shelves import WRAP, ClientShelf, PointShelf, RunShelf, button
 
 STYLE = """<style>
 .fedlab-slider .noUi-handle { visibility: hidden; box-shadow: none; }
@@ -37,21 +38,16 @@ STYLE = """<style>
 .fedlab-points .fedlab-current * { font-weight: 600; }
 </style>"""
 HALF = {"flex": "1 1 420px", "min_width": "0"}
-WRAP = {"flex_flow": "row wrap"}
-NARROW: dict[str, Any] = {"style": {"description_width": "45px"}, "layout": {"width": "210px"}}
 
 
 class Screen:
     """The widgets of one bench, without a thought of what they show; `widget` holds them all."""
 
-    def __init__(self, controls: Controls, first: list[Control], actions: dict[str, Callable[[], None]]) -> None:
+    def __init__(self, controls: Controls, first: list[Control], actions: dict[str, Callable[[], object]]) -> None:
         self.run = button("Run", "Train with these settings", actions["run"], "primary")
         self.stop = button("Stop", "End the run before its next batch", actions["stop"])
         self.seed = button("New seed", "Run again with other random choices", actions["new_seed"])
-        self.pin = button("Pin", "Give the current point the name beside it", actions["pin"])
-        self.hide = button("Hide", "Take the current point out of plot and table", actions["hide"])
-        self.undo = button("Undo", "Take back the last Pin or Hide", actions["undo"])
-        self.name = widgets.Text(placeholder="of the current point", description="Name", **NARROW)
+        self.points, self.runs, self.clients = PointShelf(actions), RunShelf(actions), ClientShelf(actions["refresh"])
         self.axis = widgets.Dropdown(
             options=[(axis.label, name) for name, axis in AXES.items()],
             value="zstd_bytes",
@@ -60,8 +56,9 @@ class Screen:
             layout={"width": "400px", "max_width": "98%"},
         )
         self.train_status, self.hint, self.curve = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.compress_status, self.scatter, self.table = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.widget = widgets.VBox([widgets.HTML(STYLE), *self._rows(controls, first)])
+        self.compress_status, self.scatter = widgets.HTML(), widgets.HTML()
+        self.store_status = widgets.HTML()
+        self.widget = widgets.VBox([widgets.HTML(STYLE), self.store_status, *self._rows(controls, first)])
 
     def _rows(self, controls: Controls, first: list[Control]) -> list[Any]:
         """Return three rows of two halves: knobs, plots, and what is folded away; each wraps on a narrow screen."""
@@ -79,11 +76,13 @@ class Screen:
             *shown(knobs[Recipe]),
             self.compress_status,
         ]
-        marks = widgets.HBox([self.name, self.pin, self.hide, self.undo], layout=WRAP)
         return [
             halves(train, compress),
             halves([self.curve], [self.scatter, self.axis]),
-            halves(controls.groups(Experiment, names), [self.table, marks, *controls.groups(Recipe, names)]),
+            halves(
+                [*controls.groups(Experiment, names), self.clients.widget, self.runs.widget],
+                [self.points.widget, *controls.groups(Recipe, names)],
+            ),
         ]
 
 
@@ -105,12 +104,3 @@ def heading(title: str, meaning: str) -> Any:
 def status(text: str) -> str:
     """Return words that a screen reader reads out when they change."""
     return f'<div class="fedlab-status" role="status" aria-live="polite">{escape(text)}</div>'
-
-
-def button(name: str, tooltip: str, action: Callable[[], None], style: str = "") -> Any:
-    """Return a named button."""
-    made = widgets.Button(
-        description=name, tooltip=tooltip, button_style=style, layout={"width": "auto", "min_width": "70px"}
-    )
-    made.on_click(lambda _: action())
-    return made

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
 from threading import Event, Lock, Thread
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.canvas import percent
 from fedlab_kit.lab.curve import Curve
-from fedlab_kit.runs import Run, train
+from fedlab_kit.lab.history import StoredRun, origin
+from fedlab_kit.lab.marks import Marks
+from fedlab_kit.runs import Run, find, train
 from fedlab_kit.settings import Settings
 
 
@@ -18,14 +23,18 @@ class Session:
 
     `experiment` is the one that is under way or was the last; while its teacher is trained first, `stage` is the
     teacher. `records` are those of the `stage`, `runs` all that ended with at least one round, `error` what went wrong
-    in the last one ("" if nothing did). `finished` is called with every run that came to its end, `failed` with
-    the words of every error.
+    in the last one ("" if nothing did). `earlier` are the runs of earlier benches. `finished` is called with every run
+    that came to its end, `failed` with the words of every error. A run that the disk does not take is kept all the
+    same, in a temporary folder, and the status says so.
     """
 
     def __init__(
-        self, finished: Callable[[Run], None] = lambda run: None, failed: Callable[[str], None] = lambda error: None
+        self,
+        finished: Callable[[Run], None] = lambda run: None,
+        failed: Callable[[str], None] = lambda error: None,
+        earlier: Sequence[StoredRun] = (),
     ) -> None:
-        self._finished, self._failed = finished, failed
+        self._finished, self._failed, self._earlier = finished, failed, earlier
         self.runs: list[Run] = []
         self.experiment: Experiment | None = None
         self.stage: Experiment | None = None
@@ -34,6 +43,7 @@ class Session:
         self.error = ""
         self._said = "Ready: press Run."
         self._aside = ""
+        self._unstored = ""
         self._lock = Lock()
         self._stop = Event()
         self._worker: Thread | None = None
@@ -41,7 +51,15 @@ class Session:
     @property
     def status(self) -> str:
         """What is going on, in a sentence or two."""
-        return f"{self._said} {self._aside}".rstrip()
+        return " ".join(filter(None, (self._said, self._unstored, self._aside)))
+
+    @property
+    def known(self) -> list[Run | StoredRun]:
+        """The runs of earlier benches that were not asked for here, then those of this one, oldest first."""
+        with self._lock:
+            here = list(self.runs)
+        keys = {run.key for run in here}
+        return [*(run for run in self._earlier if run.key not in keys), *here]
 
     def start(self, experiment: Experiment) -> bool:
         """Begin to train; False, and a word in the status, while another run is under way."""
@@ -49,7 +67,7 @@ class Session:
             if self.busy:
                 self._aside = "Run was refused: one run at a time, press Stop or wait."
                 return False
-            self.busy, self.experiment, self.error, self._aside = True, experiment, "", ""
+            self.busy, self.experiment, self.error, self._aside, self._unstored = True, experiment, "", "", ""
             self._begin((*experiment.parents, experiment)[0])
             self._stop = Event()
             self._worker = Thread(target=self._work, args=(experiment, self._stop), daemon=True)
@@ -74,22 +92,28 @@ class Session:
         with self._lock:
             self._aside = reason
 
-    def curves(self, most: int = 6) -> list[Curve]:
-        """Return the latest runs besides the current one, each labelled by what sets it apart from that."""
-        with self._lock:
-            others = [run for run in self.runs if run.experiment != self.stage]
-        return [(self._label(run.experiment), run.records) for run in others[-most:]]
+    def curves(self, dataset: str, marks: Marks, most: int = 6) -> list[Curve]:
+        """Return the latest runs on a data set besides the current one and hidden ones.
+
+        Each is labelled by its name, or by what sets it apart from the current one.
+        """
+        others = [
+            run
+            for run in self.known
+            if run.experiment != self.stage and run.experiment.dataset == dataset and not marks[run.key].hidden
+        ]
+        return [(marks[run.key].name or self._label(run.experiment), run.records) for run in others[-most:]]
 
     def _label(self, experiment: Experiment) -> str:
         role = _role(experiment, self.experiment)
-        return f"{role} {experiment.model}" if role else difference(experiment, self.experiment)
+        return f"{role} {experiment.model}" if role else difference(experiment, self.experiment) or experiment.model
 
     def _work(self, experiment: Experiment, stop: Event) -> None:
         try:
             for stage in (*experiment.parents, experiment):
                 with self._lock:
                     self._begin(stage)
-                run = train(stage, stop, self._progress)
+                run = self._train(stage, stop)
                 self._finish(run)
                 if run.status != "finished":
                     return
@@ -103,6 +127,20 @@ class Session:
         finally:
             with self._lock:
                 self.busy, self._aside = False, ""
+
+    def _train(self, stage: Experiment, stop: Event) -> Run:
+        try:
+            return train(stage, stop, self._progress)
+        except StoreError as error:
+            with self._lock:
+                self._begin(stage)
+                self._unstored = f"Not stored: {error}."
+            return _readable(stage) or train(stage, stop, self._progress, store=self._spare)
+
+    @cached_property
+    def _spare(self) -> Path:
+        """Where runs go that the store does not take, as long as the session lasts."""
+        return spare_folder(self)
 
     def _begin(self, stage: Experiment) -> None:
         self.stage, self.records = stage, []
@@ -118,6 +156,7 @@ class Session:
 
     def _finish(self, run: Run) -> None:
         with self._lock:
+            self.records = list(run.records)
             if run.records:
                 self.runs = [earlier for earlier in self.runs if earlier.experiment != run.experiment] + [run]
             role = _role(run.experiment, self.experiment)
@@ -146,10 +185,18 @@ def outcome(run: Run) -> str:
     else:
         said = f"Finished: {reached} after {rounds} rounds in {seconds}."
     if run.from_store:
-        when = run.measured["when"][:16].replace("T", " ")
-        measured = f"measured {when} UTC on {run.measured['machine']}"
-        said += f" Answered from the store, {measured}. New seed repeats it with other random choices."
+        said += (
+            f" Answered from the store, {origin(True, run.measured)}. New seed repeats it with other random choices."
+        )
     return said
+
+
+def _readable(experiment: Experiment) -> Run | None:
+    """Return the run of a store that can be read but not written, or None."""
+    try:
+        return find(experiment)
+    except StoreError:
+        return None
 
 
 def _role(experiment: Experiment, asked: Experiment | None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,11 @@ class BenchPage(LabPage):
         """The output area with the bench in it."""
         return self.page.locator(OUTPUT)
 
-    def fresh(self) -> Locator:
-        """Run the cell again; returns its output."""
+    def fresh(self, keep_runs: bool = False) -> Locator:
+        """Run the cell again on an empty store, or on one that holds runs without points; returns its output."""
+        for folder in self.lab.runs.glob("*/artifacts" if keep_runs else "*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        (self.lab.runs / "marks.json").unlink(missing_ok=True)
         self.page.set_viewport_size({"width": 1280, "height": 900})
         self.run_all()
         self.button("Run").wait_for()

@@ -66,7 +66,8 @@ def test_stop_within_a_second_and_a_second_run_behind_the_first(bench):
     expect(bench.train_status).to_have_text(re.compile(r"^Stopped after round \d+"), timeout=1000)
     bench.type_into("Rounds", "2")
     bench.press("Run")
-    expect(bench.curve).to_have_accessible_name(re.compile("round 2 of 2 .*; 1 earlier run behind it"))
+    behind = re.compile("round 2 of 2 .*; 1 earlier run behind it")
+    expect(bench.curve).to_have_accessible_name(behind, timeout=20_000)
 
 
 def test_a_wrong_value_is_answered_beside_its_control(bench):

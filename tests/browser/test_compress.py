@@ -23,7 +23,7 @@ def page(chromium, lab, tmp_path_factory) -> Iterator[BenchPage]:
 @pytest.fixture
 def bench(page) -> Iterator[BenchPage]:
     """A bench whose run, answered from the store for all but the first, has been measured."""
-    page.fresh()
+    page.fresh(keep_runs=True)
     expect(page.compress_status).to_have_text(re.compile("^Press Run first"), timeout=30_000)
     page.press("Run")
     expect(page.train_status).to_have_text(re.compile("^Finished"), timeout=60_000)
@@ -38,7 +38,7 @@ def newest(bench: BenchPage) -> str:
 
 
 def test_before_a_run_the_knobs_say_what_is_missing(page):
-    page.fresh()
+    page.fresh(keep_runs=True)
     expect(page.scatter).to_have_accessible_name(re.compile("no point yet"))
     page.type_into("Prune ratio", "0.5")
     expect(page.compress_status).to_have_text(re.compile("^Press Run first"), timeout=30_000)

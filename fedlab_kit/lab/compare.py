@@ -1,0 +1,110 @@
+"""Runs in words and tables: a list of them, and two side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from fedlab_kit.data import load
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.lab.canvas import human_bytes, percent, three
+from fedlab_kit.lab.history import StoredRun, moment, origin
+from fedlab_kit.lab.marks import Marks
+from fedlab_kit.lab.session import difference
+from fedlab_kit.runs import Run, client_accuracy
+from fedlab_kit.settings import Settings
+
+AnyRun = Run | StoredRun
+MOST = 10_000  # clients among whom the worst is looked for: dealing out the samples takes seconds beyond
+
+
+def run_words(run: AnyRun, marks: Marks) -> str:
+    """Say which run it is: its name, else what sets it apart from the default settings."""
+    return marks[run.key].name or difference(run.experiment, Experiment()) or "default settings"
+
+
+def run_option(run: AnyRun, marks: Marks) -> str:
+    """Return a run as one line of a list to choose from."""
+    hidden = " (hidden)" if marks[run.key].hidden else ""
+    return f"{run_words(run, marks)}: {percent(run.accuracy)}, {moment(run.measured)}{hidden}"
+
+
+def runs_table(runs: Sequence[AnyRun], marks: Marks, most: int = 6) -> str:
+    """Return the last runs, newest first, as an HTML table."""
+    if not runs:
+        return "<p>No run yet.</p>"
+    seen = [run for run in runs if not marks[run.key].hidden]
+    heads = ("Run", "Accuracy", "Rounds", "Uplink", "Measured")
+    rows = [
+        [
+            run_words(run, marks),
+            percent(run.accuracy),
+            f"{len(run.records)} of {run.experiment.rounds}",
+            human_bytes(run.uplink_bytes),
+            moment(run.measured) if run.from_store else "now",
+        ]
+        for run in reversed(seen[-most:])
+    ]
+    hidden = f", {len(runs) - len(seen)} hidden" if len(seen) < len(runs) else ""
+    return html_table(f"The last {len(rows)} of {len(runs)} runs{hidden}", heads, rows)
+
+
+def comparison(one: AnyRun, other: AnyRun, names: tuple[str, str]) -> str:
+    """Return two runs side by side as an HTML table: the settings that differ, then what was measured."""
+    fields = Experiment.model_fields
+    differ = [
+        [str(fields[name].title), _value(mine), _value(getattr(other.experiment, name))]
+        for name, mine in one.experiment
+        if mine != getattr(other.experiment, name)
+    ]
+    figures = zip(("Accuracy", "", "Rounds", "Uplink", "Downlink", "Time", "Worst client", "Measured"),
+                  _figures(one), _figures(other), strict=True)  # fmt: skip
+    rows = [*(differ or [["Settings", "the same", "the same"]]), *map(list, figures)]
+    return html_table("Settings that differ, and what was measured", ("", *names), rows)
+
+
+def html_table(caption: str, heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table whose first column names its rows."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    lines = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    return (
+        f'<table class="fedlab-points"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{lines}</tbody></table>"
+    )
+
+
+def _figures(run: AnyRun) -> list[str]:
+    low, high = run.interval
+    return [
+        percent(run.accuracy),
+        f"95 % interval {percent(low)} to {percent(high)}",
+        f"{len(run.records)} of {run.experiment.rounds}, {run.status}",
+        human_bytes(run.uplink_bytes),
+        human_bytes(run.downlink_bytes),
+        f"{three(run.measured['seconds'])} s",
+        _worst(run),
+        origin(run.from_store, run.measured),
+    ]
+
+
+def _worst(run: AnyRun) -> str:
+    experiment = run.experiment
+    if experiment.clients > MOST:
+        return f"not looked for among more than {MOST:,} clients"
+    try:
+        accuracy, low, high = client_accuracy(experiment, run.records[-1])
+        names = load(experiment.dataset).sites if experiment.partition == "site" else ()
+    except (ValueError, OSError):
+        return "unknown: the data are not at hand"
+    worst = int(accuracy.argmin())
+    interval = f"{percent(low[worst])} to {percent(high[worst])}"
+    return f"{names[worst] if names else worst}: {percent(accuracy[worst])} ({interval})"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Settings):
+        return difference(value, type(value)()) or "default settings"
+    return "none" if value is None else str(value)

@@ -1,0 +1,111 @@
+"""What earlier benches left in the store: runs without their models, and the cards of their artifacts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.store import RunFolder
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRun:
+    """A run of the store as curves and tables need it; its attributes mean what those of `fk.Run` mean."""
+
+    key: str
+    experiment: Experiment
+    records: tuple[RoundRecord, ...]
+    measured: dict[str, Any] = field(repr=False)
+    from_store: bool = True
+
+    @property
+    def status(self) -> str:
+        """ "finished", "stopped" or "diverged"."""
+        if self.records[-1].diverged:
+            return "diverged"
+        return "finished" if len(self.records) >= self.experiment.rounds else "stopped"
+
+    @property
+    def accuracy(self) -> float:
+        """Validation accuracy after the last round, 0..1."""
+        return self.records[-1].accuracy
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `accuracy`."""
+        return self.records[-1].low, self.records[-1].high
+
+    @cached_property
+    def uplink_bytes(self) -> int:
+        """Bytes that all clients sent in all rounds."""
+        return sum(record.uplink_bytes for record in self.records)
+
+    @cached_property
+    def downlink_bytes(self) -> int:
+        """Bytes that the server sent to all clients in all rounds."""
+        return sum(record.downlink_bytes for record in self.records)
+
+
+class History:
+    """The runs of a store, oldest first, and the cards of each run's artifacts, by the artifact's path.
+
+    A folder that cannot be read is left out and named in `damaged`; one without a whole round is passed over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.runs: tuple[StoredRun, ...] = ()
+        self.cards: dict[str, dict[Path, dict[str, Any]]] = {}
+        self.damaged: list[str] = []
+        found = []
+        for file in sorted(folder.glob("*/experiment.json")):
+            try:
+                run = _run(file.parent)
+            except (OSError, ValueError, TypeError, KeyError):
+                self.damaged.append(file.parent.name)
+                continue
+            if run.records:
+                found.append(run)
+                self.cards[run.key] = dict(_cards(file.parent))
+        self.runs = tuple(sorted(found, key=lambda run: run.measured["when"]))
+
+    @property
+    def error(self) -> str:
+        """A sentence on what could not be read, "" if nothing."""
+        names = ", ".join(self.damaged[:3]) + (" and more" if len(self.damaged) > 3 else "")
+        return f"{len(self.damaged)} stored run(s) cannot be read and are left out: {names}" if self.damaged else ""
+
+
+def origin(earlier: bool, about: Mapping[str, Any]) -> str:
+    """Say when and where a figure was measured; `about` has `when` and `machine`."""
+    return f"measured {moment(about)} on {about['machine']}" if earlier else "measured now"
+
+
+def moment(about: Mapping[str, Any]) -> str:
+    """Return `when` to the minute, e.g. "2026-11-22 15:46 UTC"."""
+    return f"{about['when'][:16].replace('T', ' ')} UTC"
+
+
+def _run(path: Path) -> StoredRun:
+    folder = RunFolder(path)
+    about = folder.about()
+    measured = {name: about[name] for name in ("when", "machine", "torch", "seconds")}
+    return StoredRun(path.name, Experiment(**about["experiment"]), tuple(folder.records()), measured)
+
+
+def _cards(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the artifacts of a run, oldest first; one that lost its card or file is none."""
+    found = []
+    for file in (path / "artifacts").glob("*.onnx.json"):
+        artifact = file.with_suffix("")
+        try:
+            card = json.loads(file.read_text())
+            found.append((card["when"], artifact, card))
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    yield from ((artifact, card) for _, artifact, card in sorted(found, key=lambda one: one[:2]) if artifact.exists())
