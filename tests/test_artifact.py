@@ -17,7 +17,7 @@ import zstandard
 from torch import Tensor, nn
 
 import fedlab_kit as fk
-from fedlab_kit.compression.quantize import int4_codes, int8_codes
+from fedlab_kit.compression.quantize import applies, int4_codes, int8_codes
 from fedlab_kit.data import Preprocess
 from fedlab_kit.deployment import convert, export, measure
 from fedlab_kit.deployment.artifact import compress, load, slug
@@ -168,7 +168,9 @@ def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
         if weight.ndim < 2:
             continue
         codes = int8_codes(weight).codes.numpy()
-        assert np.array_equal(_called(static, name), codes)
+        first = weight.shape[1] == 1  # a convolution of one channel is faster in float, and training leaves it so
+        assert np.array_equal(_called(static, name), weight.numpy() if first else codes)
+        assert applies(weight, "int8") is not first
         if weight.ndim == 2:
             assert np.array_equal(_called(dynamic, name), codes.T)  # Gemm has become MatMul
             expected = int4_codes(weight).codes.flatten(-2)[:, : weight.shape[1]].numpy()
@@ -203,6 +205,7 @@ def test_merged_client_ranges_give_the_file_of_pooled_calibration(run: fk.Run, t
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=list(convert.STATIC),
+        nodes_to_exclude=["Conv_3"],
         extra_options=dict(convert.STATIC_OPTIONS),
     )
     theirs = export.clean(onnx.load(pooled)).SerializeToString(deterministic=True)

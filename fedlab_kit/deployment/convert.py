@@ -2,7 +2,8 @@
 
 fp16 halves the file and is computed in float32. int8 dynamic quantizes Linear weights and measures activations
 as it runs; int8 static quantizes convolutions, Linear layers and residual additions, with ranges that the
-clients measured. int4 packs Linear weights in blocks. Weight codes are those of `compression.quantize`.
+clients measured: the Relu behind one becomes the lower end of its range and leaves the graph. int4 packs Linear
+weights in blocks. Weight codes are those of `compression.quantize`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from fedlab_kit.compression.quantize import BLOCK, DTYPES
+from fedlab_kit.compression.quantize import BLOCK, DTYPES, applies
 from fedlab_kit.deployment.export import clean
 from fedlab_kit.deployment.measure import THREADS
 
 Ranges = dict[str, tuple[np.float32, np.float32]]
 
-STATIC = ("Conv", "Gemm", "MatMul", "Add")
+STATIC = ("Conv", "Gemm", "MatMul", "Add", "Relu")
 # Outputs of Linear layers stay float: the logits keep their resolution, and one sample takes 0.3 instead of 0.39 of
 # the float file's time on a channel-pruned resnet.
 STATIC_OPTIONS = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
@@ -128,13 +130,14 @@ def _with_shapes(graph: Any) -> Any:
 
 
 def _static_nodes(graph: Any) -> list[str]:
-    """The nodes that static int8 quantizes: all of STATIC, but of additions only those of two activations."""
-    constants = {item.name for item in graph.graph.initializer}
-    return [
-        node.name
-        for node in graph.graph.node
-        if node.op_type in STATIC and (node.op_type != "Add" or not constants.intersection(node.input))
-    ]
+    """The nodes that static int8 quantizes: those of STATIC but additions of constants and weights without a grid."""
+    shapes = {item.name: tuple(item.dims) for item in graph.graph.initializer}
+
+    def quantizes(node: Any) -> bool:
+        constants = [torch.empty(shapes[name], device="meta") for name in node.input[:2] if name in shapes]
+        return all(node.op_type != "Add" and applies(constant, "int8") for constant in constants)
+
+    return [node.name for node in graph.graph.node if node.op_type in STATIC and quantizes(node)]
 
 
 def _fp16(graph: Any) -> Any:

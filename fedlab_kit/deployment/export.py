@@ -92,6 +92,7 @@ def clean(graph: Any) -> Any:
         part.doc_string = ""
     del graph.graph.value_info[:]
     for initializer in graph.graph.initializer:
+        initializer.ClearField("data_location")  # set to its default by whatever has been in a file
         if not initializer.HasField("raw_data"):
             initializer.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(initializer), initializer.name))
     return graph
