@@ -51,9 +51,11 @@ def cohort_step(
     objective = _objective(job, received, [states[client] for client in ids])
     plans = [_plan(job, round, client) for client in ids]
     trained = _train(job, round, ids, plans, objective, stop)
+    growths = [_growth(job, round, *client) for client in zip(ids, trained, received, strict=True)]
+    updates = trained.sub_(objective.start)  # in place: these are the largest tensors of a round
     payloads, after = {}, {}
     for k, client in enumerate(ids):
-        answer, memory = _answer(job, round, client, trained[k], received[k], len(plans[k]), states[client])
+        answer, memory = _answer(job, client, updates[k], growths[k], received[k], len(plans[k]), states[client])
         payloads[client], after[client] = pack_payload(job, round, client, answer, received[k].mask, memory)
     return payloads, after
 
@@ -93,12 +95,18 @@ def _objective(job: Task, received: list[Broadcast], states: list[ClientState]) 
     return Objective(job, start, pull, shift, mask)
 
 
+def _growth(job: Task, round: int, client: int, trained: Tensor, got: Broadcast) -> Tensor | None:
+    """Return the gradient by which pruned weights grow back, in a round where they do."""
+    if got.mask is None or not grows(job.experiment, round):
+        return None
+    return dense_gradient(job, trained, client, got.mask)
+
+
 def _answer(
-    job: Task, round: int, client: int, trained: Tensor, got: Broadcast, steps: int, state: ClientState
+    job: Task, client: int, update: Tensor, growth: Tensor | None, got: Broadcast, steps: int, state: ClientState
 ) -> tuple[Answer, ClientState]:
     """Return what the client has to say and what it keeps until it is next asked."""
-    experiment, memory = job.experiment, keep(job.experiment, got, state)
-    update, control, growth = trained - got.weights, None, None
+    experiment, memory, control = job.experiment, keep(job.experiment, got, state), None
     if experiment.privacy == "client":
         update = clip(update, experiment.clip_norm)
     if got.control is not None:
@@ -106,8 +114,6 @@ def _answer(
         own = state.get("control", torch.zeros_like(update)).to(update.device)
         new = own - got.control - update / (steps * experiment.lr)
         control, memory["control"] = new - own, new.cpu()
-    if got.mask is not None and grows(experiment, round):
-        growth = dense_gradient(job, trained, client, got.mask)
     return Answer(job.samples(client), update, control, growth), memory
 
 
