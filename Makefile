@@ -6,7 +6,7 @@ INPUTS := pyproject.toml constraints.txt tools/setup.sh tools/torch_source.sh
 export OMP_NUM_THREADS := 1
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/:/' | awk -F': *' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/:/' | awk -F': *' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 lab: .venv/lab.stamp  ## set up, then open JupyterLab on notebooks/00_start_here.ipynb (PORT=8890, BROWSER=none)
 	@tools/lab.sh
@@ -25,6 +25,9 @@ test-slow: .venv/test.stamp  ## the tests that need real data (FEDLAB_DATA=folde
 
 bench: .venv/lab.stamp  ## measure speed and accuracy on this machine (FEDLAB_DATA=folder)
 	@$(PYTHON_IN_VENV) -m benchmarks
+
+bench-quick: .venv/lab.stamp  ## the part of it that takes less than 10 minutes
+	@$(PYTHON_IN_VENV) -m benchmarks --quick
 
 lint: .venv/test.stamp  ## ruff and mypy
 	@$(PYTHON_IN_VENV) -m ruff check
@@ -57,4 +60,4 @@ setup: .venv/lab.stamp  ## install only
 	@tools/setup.sh '[scale]'
 	@touch .venv/lab.stamp $@
 
-.PHONY: federation help lab app test test-slow bench lint wheels answers notebooks setup
+.PHONY: federation help lab app test test-slow bench bench-quick lint wheels answers notebooks setup

@@ -1,7 +1,8 @@
 """Run the benchmarks: `python -m benchmarks [name ...] [--quick] [--again]`.
 
 Each benchmark writes `benchmarks/results/<name>.json` with its rows, the machine and the versions, and is not run
-again while that file is there, so that an interrupted `make bench` goes on where it was.
+again while that file is there, so that an interrupted `make bench` goes on where it was. All tables together are in
+`benchmarks/results/report.md`.
 """
 
 from __future__ import annotations
@@ -31,18 +32,20 @@ BENCHMARKS = {
     "weakest": hospitals.weakest,
     "drift": drift.drift,
 }
+QUICK = ("speed", "default", "growth", "mcmahan", "import", "answer", "codecs", "heart")
 
 
 def main() -> int:
     """Run what was asked for and print each table; return 1 when something could not be measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=", ".join(BENCHMARKS))
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}: within 10 minutes")
     parser.add_argument("--again", action="store_true", help="measure again what has a result already")
     wanted = parser.parse_args()
     if unknown := set(wanted.names) - set(BENCHMARKS):
         parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     missing = 0
-    for name in wanted.names or BENCHMARKS:
+    for name in wanted.names or (QUICK if wanted.quick else BENCHMARKS):
         stored = None if wanted.again else harness.stored(name)
         began = time.perf_counter()
         try:
@@ -52,6 +55,7 @@ def main() -> int:
             missing += 1
             continue
         print(harness.table(name, result, from_store=stored is not None), flush=True)
+        harness.report(BENCHMARKS)
     return 1 if missing else 0
 
 

@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -67,6 +67,13 @@ def table(name: str, result: dict[str, Any], from_store: bool) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
     foot = f"{origin} {result['when']} in {result['seconds']} s on {result['machine']}; {versions}"
     return "\n".join(["", f"## {name}", "", result["about"], "", *lines, "", foot])
+
+
+def report(names: Iterable[str]) -> None:
+    """Write the tables of all stored results to one file."""
+    results = ((name, stored(name)) for name in names)
+    tables = [table(name, result, from_store=True) for name, result in results if result]
+    (RESULTS / "report.md").write_text("\n".join(["# Figures", *tables]) + "\n")
 
 
 def fresh(call: str, **arguments: Any) -> Any:
