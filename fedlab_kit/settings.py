@@ -11,9 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 def knob(
     default: Any,
     label: str,
-    help: str,
-    *,
     group: str,
+    *,
     step: float | None = None,
     span: tuple[float, float] | None = None,
     log: bool = False,
@@ -21,13 +20,15 @@ def knob(
     when: dict[str, tuple[str, ...]] | None = None,
     **bounds: Any,
 ) -> Any:
-    """Declare a field together with everything that a control needs to know about it.
+    """Declare a field together with everything that a control needs to know about it; its docstring is the help text.
 
-    `bounds` are pydantic's ge, gt, le, lt. `step`, `span` (the useful range) and `log` shape a slider, `source`
-    names a catalog to choose from ("model", "dataset"), `when` says for which other settings the field matters.
+    `bounds` are pydantic's ge, gt, le, lt. `step` (1 for whole numbers unless given), `span` (the useful range) and
+    `log` shape a slider, `source` names a catalog to choose from ("model", "dataset"), `when` says for which other
+    settings the field matters.
     """
+    step = step or (1 if type(default) is int else None)
     extra: dict[str, Any] = {"group": group, "step": step, "span": span, "log": log, "source": source, "when": when}
-    return Field(default, title=label, description=help, json_schema_extra=extra, **bounds)
+    return Field(default, title=label, json_schema_extra=extra, **bounds)
 
 
 class Settings(BaseModel):
@@ -36,7 +37,14 @@ class Settings(BaseModel):
     Raises ValueError on an unknown field, a wrong type, or a value out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())  # a docstring is folded to the line
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -37,9 +37,9 @@ def test_only_widgets_with_an_accessible_name_take_the_keyboard():
 
 def test_a_new_field_brings_its_control_with_it():
     class Oven(Settings):
-        heat: float = knob(0.5, "Heat", "How hot.", group="data", ge=0, le=1, span=(0, 1), step=0.1)
-        mode: Literal["top", "bottom"] = knob("top", "Mode", "Where.", group="data")
-        spare: Experiment | None = knob(None, "Spare", "No single widget holds it.", group="data")
+        heat: float = knob(0.5, "Heat", "data", ge=0, le=1, span=(0, 1), step=0.1)
+        mode: Literal["top", "bottom"] = knob("top", "Mode", "data")
+        spare: Experiment | None = knob(None, "Spare", "data")
 
     made = Controls(Oven())
     made["heat"].value = 2.0

@@ -16,36 +16,18 @@ class Stream(Settings):
     Example: `Stream(patients=400, begin=200, gain=1.1, offset=0.5, features=10)`.
     """
 
-    patients: int = knob(
-        400, "Patients", "How many patients come.", group="stream", ge=1, le=100_000, step=10, span=(100, 1000)
-    )
-    begin: int = knob(
-        200, "Begin", "How many are measured as before.", group="stream", ge=0, le=100_000, step=10, span=(0, 500)
-    )
-    features: int = knob(
-        10, "Features", "How many features change, drawn by the seed.", group="stream", ge=0, step=1, span=(0, 30)
-    )
-    gain: float = knob(
-        1.1,
-        "Gain",
-        "A changed feature is multiplied by this.",
-        group="stream",
-        ge=0,
-        le=100,
-        step=0.01,
-        span=(0.8, 1.2),
-    )
-    offset: float = knob(
-        0.5,
-        "Offset",
-        "And this many of its standard deviations are added.",
-        group="stream",
-        ge=-100,
-        le=100,
-        step=0.05,
-        span=(-1, 1),
-    )
-    seed: int = knob(7, "Seed", "Which patients come, and which features change.", group="stream", ge=0, le=2**32 - 1)
+    patients: int = knob(400, "Patients", "stream", ge=1, le=100_000, step=10, span=(100, 1000))
+    """How many patients come."""
+    begin: int = knob(200, "Begin", "stream", ge=0, le=100_000, step=10, span=(0, 500))
+    """How many are measured as before."""
+    features: int = knob(10, "Features", "stream", ge=0, span=(0, 30))
+    """How many features change, drawn by the seed."""
+    gain: float = knob(1.1, "Gain", "stream", ge=0, le=100, step=0.01, span=(0.8, 1.2))
+    """A changed feature is multiplied by this."""
+    offset: float = knob(0.5, "Offset", "stream", ge=-100, le=100, step=0.05, span=(-1, 1))
+    """And this many of its standard deviations are added."""
+    seed: int = knob(7, "Seed", "stream", ge=0, le=2**32 - 1)
+    """Which patients come, and which features change."""
 
 
 def draw(part: Split, site: int, preprocess: Preprocess, stream: Stream) -> tuple[np.ndarray, np.ndarray]:
