@@ -52,6 +52,11 @@ def source(function: Callable[..., Any]) -> str:
         ) from None
 
 
+def is_built_in(thing: Any) -> bool:
+    """Say whether a function or class belongs to the package, so that every process knows it."""
+    return (thing.__module__ or "").split(".")[0] == __name__.split(".")[0]
+
+
 def _register(kind: str, target: Function | str) -> Any:
     if isinstance(target, str):
         return lambda function: _add(kind, target, function)
@@ -60,11 +65,7 @@ def _register(kind: str, target: Function | str) -> Any:
 
 def _add(kind: str, name: str, function: Function) -> Function:
     existing = _TABLES[kind].get(name)
-    if existing is not None and _is_built_in(existing) and not _is_built_in(function):
+    if existing is not None and is_built_in(existing) and not is_built_in(function):
         raise ValueError(f"{kind} {name!r} is built in and cannot be replaced: choose another name")
     _TABLES[kind][name] = function
     return function
-
-
-def _is_built_in(function: Callable[..., Any]) -> bool:
-    return function.__module__.split(".")[0] == __name__.split(".")[0]

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-"""The project's root, against which relative folders are resolved (kernels run in their notebook's folder)."""
+from fedlab_kit.files import ROOT
 
 
 class DataError(ValueError):

@@ -6,14 +6,30 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import get_ident
 
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
+"""The project's root, against which relative folders are resolved (kernels run in their notebook's folder)."""
+
 
 class StoreError(OSError):
     """A stored file that cannot be read or written; the message names it and says what to do."""
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Word what fails inside the block, on a full or read-only disk say, as a StoreError that names the place."""
+    try:
+        yield
+    except (StoreError, TimeoutError):
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot write {place}: {error.strerror or error}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -22,13 +38,14 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises StoreError (an OSError) when the disk is full or read-only; the half-written file is removed.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        try:
+            beside.write_bytes(content)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def spare_folder(owner: object) -> Path:

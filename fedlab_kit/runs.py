@@ -26,13 +26,12 @@ from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import Exchange, in_process, play
 from fedlab_kit.federation.server import ServerState, start
 from fedlab_kit.federation.task import OUTCOMES, strata, task
+from fedlab_kit.files import ROOT
 from fedlab_kit.partition import label_counts, partition
 from fedlab_kit.statistics import Z95, wilson
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire import make
 from fedlab_kit.wire.privacy import epsilon
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,18 +248,23 @@ def identify(experiment: Experiment) -> str:
     The non-default fields, the schema, the package and torch versions, the data's digest and the source of what a
     user registered: when one of them changes, the experiment is run again.
     """
-    used = [catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)]
-    for codec in (type(make(experiment.uplink)), type(make(experiment.downlink))):
-        used += [codec.encode, codec.decode]
+    model, dataset, *codecs = parts(experiment)
+    used = [model, dataset, *(method for codec in codecs for method in (codec.encode, codec.decode))]
     facts = {
         "schema": SCHEMA,
         "experiment": experiment.changes(),
         "versions": [version("fedlab-kit"), torch.__version__],
         "data": load(experiment.dataset).digest,
-        "source": [catalog.source(thing) for thing in used if not (thing.__module__ or "").startswith("fedlab_kit.")],
+        "source": [catalog.source(thing) for thing in used if not catalog.is_built_in(thing)],
         "parents": [identify(parent) for parent in experiment.parents],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def parts(experiment: Experiment) -> list[Any]:
+    """Return what an experiment names: the functions of its model and its data set, the classes of its two codecs."""
+    functions = [catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)]
+    return [*functions, type(make(experiment.uplink)), type(make(experiment.downlink))]
 
 
 def _over(state: ServerState, records: list[RoundRecord]) -> bool:

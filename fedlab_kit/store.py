@@ -24,7 +24,7 @@ from torch import Tensor
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.server import ServerState, start
-from fedlab_kit.files import StoreError, read_tensors, write_bytes, write_tensors
+from fedlab_kit.files import StoreError, read_tensors, write_bytes, write_tensors, writing
 
 
 class RunFolder:
@@ -42,7 +42,7 @@ class RunFolder:
         """
         from filelock import FileLock, Timeout
 
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock", timeout=0.1)
             while True:
@@ -53,10 +53,6 @@ class RunFolder:
                 except Timeout:
                     if stop is not None and stop.is_set():
                         raise TimeoutError(f"{self.path} is in use by another notebook") from None
-        except OSError as error:
-            if isinstance(error, StoreError | TimeoutError):
-                raise
-            raise StoreError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def load(self, experiment: Experiment) -> tuple[ServerState, list[RoundRecord]]:
         """Return the state and the records of the last whole round, or the start. Raises StoreError when damaged."""
@@ -100,11 +96,9 @@ class RunFolder:
 
     def commit(self, state: ServerState, record: RoundRecord) -> None:
         """Write one round."""
-        try:
-            with (self.path / "records.jsonl").open("a") as file:
-                file.write(_line(record))
-        except OSError as error:
-            raise StoreError(f"cannot write {self.path}/records.jsonl: {error.strerror or error}") from error
+        log = self.path / "records.jsonl"
+        with writing(log), log.open("a") as file:
+            file.write(_line(record))
         self.clients.flush(state.round)
         tensors = {"weights": state.weights, **state.slots}
         write_tensors(self.path / "state.safetensors", tensors, {"round": str(state.round)})

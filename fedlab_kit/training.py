@@ -12,8 +12,8 @@ from time import monotonic
 
 from fedlab_kit import catalog
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.runs import ROOT, find, train
-from fedlab_kit.wire import CODECS
+from fedlab_kit.files import ROOT
+from fedlab_kit.runs import find, parts, train
 
 PATIENCE = 2.0  # seconds of training before a second process is started: it needs as long to import torch
 Tell = Callable[[int, int, str], None]
@@ -111,7 +111,4 @@ def _set_at_the_end(stop: Event) -> None:
 
 def built_in(experiment: Experiment) -> bool:
     """Say whether another process knows all that the experiment names: nothing was registered in a notebook."""
-    used = [catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)]
-    used += [CODECS[name] for name in (experiment.uplink, experiment.downlink) if name in CODECS]
-    mine = all(thing.__module__.startswith("fedlab_kit.") for thing in used)
-    return mine and all(map(built_in, experiment.parents))
+    return all(map(catalog.is_built_in, parts(experiment))) and all(map(built_in, experiment.parents))

@@ -20,7 +20,7 @@ from typing import Any
 
 from fedlab_kit.deployment import score
 from fedlab_kit.deployment.artifact import Artifact, load
-from fedlab_kit.files import StoreError, write_bytes
+from fedlab_kit.files import StoreError, write_bytes, writing
 
 MODEL = "model.onnx"
 
@@ -88,13 +88,14 @@ class Registry:
         """
         digest = load(artifact.path).digest
         with self._locked():
-            number = 1 + max((int(path.name) for path in self.folder.glob("versions/[0-9]*")), default=0)
+            number = self._next("versions")
             target = self.folder / "versions" / f"{number:04d}"
             target.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".adding-", dir=self.folder) as beside:
                 made = Path(beside, "made")
                 made.mkdir()
-                _copy(artifact.path, made / MODEL)
+                for end in ("", ".json"):
+                    shutil.copyfile(f"{artifact.path}{end}", made / f"{MODEL}{end}")
                 write_bytes(made / "version.json", json.dumps({"digest": digest, "note": note}).encode())
                 os.replace(made, target)
         return self.version(number)
@@ -148,26 +149,19 @@ class Registry:
     def _note(self, event: str, number: int, why: str) -> None:
         when = datetime.now(UTC).isoformat(timespec="seconds")
         content = {"event": event, "version": number, "why": why, "when": when}
-        place = 1 + max((int(path.stem) for path in self.folder.glob("events/[0-9]*")), default=0)
-        write_bytes(self.folder / "events" / f"{place:06d}.json", json.dumps(content).encode())
+        write_bytes(self.folder / "events" / f"{self._next('events'):06d}.json", json.dumps(content).encode())
+
+    def _next(self, kind: str) -> int:
+        return 1 + max((int(path.stem) for path in self.folder.glob(f"{kind}/[0-9]*")), default=0)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         from filelock import FileLock
 
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
                 yield
-        except OSError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"cannot write {self.folder}: {error.strerror or error}") from error
-
-
-def _copy(model: Path, target: Path) -> None:
-    shutil.copyfile(model, target)
-    shutil.copyfile(f"{model}.json", f"{target}.json")
 
 
 def _version(path: Path) -> Version:

@@ -9,7 +9,7 @@ from typing import Any
 from fedlab_kit import catalog
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.wire import make
+from fedlab_kit.runs import parts
 
 NESTED = ("teacher", "start", "start_recipe")  # travel as JSON text, "" for none
 
@@ -47,12 +47,9 @@ def line(record: RoundRecord) -> str:
 
 def modules_of(experiment: Experiment) -> list[str]:
     """Return the modules, beside the package, that hold what the experiment uses. ValueError if one is no module."""
-    used = [catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)]
-    used += [type(make(experiment.uplink)), type(make(experiment.downlink))]
-    found = {thing.__module__ for thing in used if thing.__module__.split(".")[0] != "fedlab_kit"}
-    if "__main__" in found:
-        name = next(thing.__qualname__ for thing in used if thing.__module__ == "__main__")
+    own = {thing.__module__: thing.__qualname__ for thing in parts(experiment) if not catalog.is_built_in(thing)}
+    if name := own.get("__main__"):
         raise ValueError(
             f"{name} is defined in a notebook or script: Flower's processes need it in a module of its own"
         )
-    return sorted(found.union(*map(modules_of, experiment.parents)))
+    return sorted(set(own).union(*map(modules_of, experiment.parents)))
