@@ -2,6 +2,7 @@
 
 import random
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab import pictures
 from fedlab_kit.lab.bench import TEXT, Bench
 from fedlab_kit.lab.compressor import NO_RUN
+from fedlab_kit.lab.history import History
 
 TINY = Experiment(model="logistic", clients=4, clients_per_round=2, rounds=3)
 
@@ -27,24 +29,33 @@ def bench():
     assert made.wait(20)
 
 
+def drawn(bench: Bench) -> widgets.Widget:
+    """The screen as soon as it shows what was done."""
+    if bench.busy:
+        bench.refresh()
+    else:
+        assert bench.wait(60)
+    return bench.screen
+
+
 def shown(bench: Bench) -> str:
     """The status as it stands on the screen."""
-    return re.search('role="status"[^>]*>(.*)</div>', bench.screen.train_status.value).group(1)
+    return re.search('role="status"[^>]*>(.*)</div>', drawn(bench).train_status.value).group(1)
 
 
 def alt(bench: Bench) -> str:
-    return re.search('<img alt="([^"]*)"', bench.screen.curve.value).group(1)
+    return re.search('<img alt="([^"]*)"', drawn(bench).curve.value).group(1)
 
 
 def buttons(bench: Bench) -> dict[str, widgets.Button]:
-    return {button.description: button for button in (bench.screen.run, bench.screen.stop, bench.screen.seed)}
+    return {button.description: button for button in (drawn(bench).run, bench.screen.stop, bench.screen.seed)}
 
 
 def under_way(bench: Bench) -> Bench:
     bench.controls["rounds"].value = 100_000
     bench.run()
     deadline = perf_counter() + 60
-    while "after round" not in alt(bench) and perf_counter() < deadline:
+    while "after round" not in bench.screen.curve.value and perf_counter() < deadline:
         bench.wait(0.01)
     assert bench.busy
     return bench
@@ -77,7 +88,7 @@ def test_the_curve_grows_during_a_run_and_stop_keeps_what_was_made(bench):
     assert buttons(bench)["Run"].disabled and not buttons(bench)["Stop"].disabled
     bench.screen.stop.click()
     assert bench.wait(5)
-    rounds = len(bench.session.records)
+    rounds = len(bench.desk.session.records)
     assert shown(bench).startswith(f"Stopped after round {rounds} of 100000")
     assert f"after round {rounds} of 100000" in alt(bench)
     assert not buttons(bench)["Run"].disabled and buttons(bench)["Stop"].disabled
@@ -93,7 +104,7 @@ def test_a_second_run_is_refused_on_the_screen(bench):
 def test_controls_may_be_moved_during_a_run(bench):
     under_way(bench).controls["alpha"].slider.value = 10
     bench.controls["lr"].value = -1.0
-    assert bench.busy and bench.session.experiment.alpha == 0.5
+    assert bench.busy and bench.desk.session.experiment.alpha == 0.5
     bench.stop()
     assert bench.wait(5) and shown(bench).startswith("Stopped")
 
@@ -111,7 +122,7 @@ def test_an_error_of_the_run_is_in_the_status_and_beside_its_control(bench):
     bench.controls["partition"].value = "site"
     bench.run(block=True)
     assert shown(bench).startswith("Error: ")
-    assert 'role="alert"' in bench.controls[bench.session.error.split(" ")[0]].note.value
+    assert 'role="alert"' in bench.controls[bench.desk.session.error.split(" ")[0]].note.value
     bench.controls["partition"].value = "iid"
     bench.run(block=True)
     assert shown(bench).startswith("Finished")
@@ -136,9 +147,9 @@ def test_divergence_is_shown_with_a_clear_word():
 def test_what_is_out_of_date_is_said(bench):
     bench.run(block=True)
     bench.controls["alpha"].value = 5.0
-    assert "Changed since the bold curve: alpha 5.0. Press Run." in bench.screen.hint.value
+    assert "Changed since the bold curve: alpha 5.0. Press Run." in drawn(bench).hint.value
     bench.run(block=True)
-    assert "Changed" not in bench.screen.hint.value
+    assert "Changed" not in drawn(bench).hint.value
 
 
 def test_the_first_screen_holds_the_chosen_controls_and_nothing_twice():
@@ -187,12 +198,12 @@ def live() -> Iterator[Bench]:
 
 def spoken(bench: Bench) -> str:
     """What is said on the compress side."""
-    return unescape(re.search('role="status"[^>]*>(.*)</div>', bench.screen.compress_status.value).group(1))
+    return unescape(re.search('role="status"[^>]*>(.*)</div>', drawn(bench).compress_status.value).group(1))
 
 
 def seen(bench: Bench) -> str:
     """What the plot of accuracy against size shows."""
-    return re.search('<img alt="([^"]*)"', bench.screen.scatter.value).group(1)
+    return re.search('<img alt="([^"]*)"', drawn(bench).scatter.value).group(1)
 
 
 def test_the_first_point_is_the_uncompressed_file(live):
@@ -251,11 +262,12 @@ def test_compress_answers_during_a_run_for_the_one_before(live):
 def test_points_are_named_hidden_and_brought_back_and_the_axis_is_switched(live):
     live.controls["dtype"].value = "fp16"
     assert live.wait(20)
-    live.pin("half")
-    assert live.points[1]["name"] == "half" and "2: half, mlp, fp16" in live.screen.points.table.value
-    live.screen.points.hide.click()
+    live.screen.points.name.value = "half"
+    live.screen.points.buttons["Pin"].click()
+    assert live.points[1]["name"] == "half" and "2: half, mlp, fp16" in drawn(live).points.table.value
+    live.screen.points.buttons["Hide"].click()
     assert len(live.points) == 1 and ": 1 point, 1 on the Pareto front." in seen(live)
-    live.screen.points.undo.click()
+    live.screen.points.buttons["Undo"].click()
     live.screen.axis.value = "latency_ms"
     assert re.fullmatch("Accuracy against latency of one prediction: 2 points, .* at .* (ms|µs)[.]", seen(live))
 
@@ -266,9 +278,12 @@ def test_the_teacher_is_trained_first_and_stands_behind_its_student():
     assert not bench.controls["temperature"].field.disabled
     bench.run(block=True)
     assert [run.experiment for run in bench.runs] == [teacher, bench.experiment]
-    assert bench.session.curves("blobs", bench.marks)[0][0] == "teacher mlp" and bench.points[0]["model"] == "logistic"
+    assert (
+        bench.desk.session.curves("blobs", bench.desk.marks)[0][0] == "teacher mlp"
+        and bench.points[0]["model"] == "logistic"
+    )
     bench.controls["temperature"].value = 9.0
-    assert "Changed since the bold curve: temperature 9.0. Press Run." in bench.screen.hint.value
+    assert "Changed since the bold curve: temperature 9.0. Press Run." in drawn(bench).hint.value
 
 
 def test_without_a_teacher_the_temperature_says_what_it_needs(live):
@@ -295,7 +310,7 @@ def test_the_default_has_a_use_for_each_of_its_three_knobs():
     assert not any(bench.controls[name].field.disabled for name in ("prune_ratio", "dtype", "temperature"))
 
 
-def test_two_hundred_random_interactions_never_get_it_stuck(live):
+def test_two_hundred_random_interactions_never_get_it_stuck(live, tmp_path, runs_folder):
     """A seeded person who presses and moves everything; afterwards a run and a point come as ever."""
     rng = random.Random(200)
     values = {
@@ -303,19 +318,31 @@ def test_two_hundred_random_interactions_never_get_it_stuck(live):
         "dtype": ["fp32", "fp16", "int8", "int4"], "quantization": ["static", "dynamic"], "rounds": [1, 2, 300, 0],
         "model": ["mlp", "logistic"], "clients": [4, 1], "partition": ["iid", "site"], "seed": [7, 8],
     }  # fmt: skip
-    presses = ("run", "stop", "new_seed", "compress", "pin", "hide", "undo", "axis")
+    points, runs, clients = live.screen.points, live.screen.runs, live.screen.clients
+    chosen = {
+        live.screen.axis: ["bytes", "zstd_bytes", "latency_ms"], points.earlier: [True, False],
+        points.name: ["small", "", "<b>"], points.folder: [str(tmp_path / name) for name in "ab"],
+        runs.name: ["first", ""],
+    }  # fmt: skip
+    presses = [
+        live.run, live.stop, live.new_seed, live.compress, live.refresh, points.pin, points.hide, points.undo,
+        points.export, runs.rename, runs.hide, runs.use, *(shelf.widget.children[0].click for shelf in (runs, clients)),
+    ]  # fmt: skip
+    points.folder.value = str(tmp_path / "a")
     finished = set()
     for _ in range(200):
-        name = rng.choice([*values, *presses, *presses])
-        if name in values:
-            live.controls[name].value = rng.choice(values[name])
-        elif name == "axis":
-            live.screen.axis.value = rng.choice(["bytes", "zstd_bytes", "latency_ms"])
+        what = rng.choice([*values, *values, *chosen, points.point, runs.run, runs.other, *presses, *presses])
+        if what in values:
+            live.controls[what].value = rng.choice(values[what])
+        elif what in chosen:
+            what.value = rng.choice(chosen[what])
+        elif what in presses:
+            what()
         else:
-            getattr(live, name)()
+            what.field.value = rng.choice([value for _, value in what.field.options])
         live.wait(rng.choice([0, 0, 0.02]))
         now = {run.key for run in live.runs if run.status == "finished"}
-        assert finished <= now
+        assert finished <= now and no_traceback(live)
         finished = now
     live.stop()
     assert live.wait(60) and not live.busy and not live.screen.run.disabled and live.screen.stop.disabled
@@ -324,8 +351,64 @@ def test_two_hundred_random_interactions_never_get_it_stuck(live):
             live.controls[name].value = value
     assert live.controls.errors == {}
     live.run(block=True)
-    assert shown(live).startswith("Finished") and spoken(live).split(": ")[1] == "mlp, weight 0.25 fp32"
-    assert ("prune_ratio", 0.25) in live.points[-1].items() and finished
+    assert shown(live).startswith("Finished") and spoken(live).split(": ")[1].endswith("weight 0.25 fp32")
+    assert ("prune_ratio", 0.25) in live.points[-1].items() and finished and no_traceback(live)
+    kept = History(runs_folder)
+    assert finished <= {run.key for run in kept.runs if run.status == "finished"} and not kept.damaged
+
+
+def no_traceback(bench: Bench) -> bool:
+    """Whether nothing went wrong but what is answered in words of our own; those do not begin with an error's type."""
+    said = (bench.desk.session.error, bench.desk.compressor.error, bench.desk.compressor.status)
+    return not any(re.match(r"(Not drawn: )?(Error: )?\w+(Error|Exception|Interrupt|Iteration|Warning): ", text)
+                   for text in said)  # fmt: skip
+
+
+def test_a_kernel_that_is_killed_loses_no_finished_run_and_the_unfinished_one_goes_on(runs_folder):
+    """The killed process has finished one run with two points and is in the middle of a second run."""
+    code = f"""
+from fedlab_kit import Bench, Experiment
+import os, signal, torch
+torch.set_num_threads(1)
+bench = Bench({TINY!r})
+bench.run(block=True)
+bench.controls["dtype"].value = "fp16"
+bench.wait()
+bench.desk.pin("half")
+bench.controls["rounds"].value = 100_000
+bench.run()
+while len(bench.desk.session.records) < 5:
+    bench.wait(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    bench = Bench(TINY)
+    assert bench.desk.store_error == "" and [point["name"] for point in bench.history] == ["", "half"]
+    finished, unfinished = sorted(bench.desk.session.known, key=lambda run: run.experiment.rounds)
+    assert (finished.status, unfinished.status) == ("finished", "stopped") and len(unfinished.records) >= 5
+    bench.run(block=True)
+    assert "Answered from the store" in shown(bench)
+    bench.controls["rounds"].value = 100_000
+    bench.run()
+    while len(bench.desk.session.records) <= len(unfinished.records):
+        bench.wait(0.01)
+    bench.stop()
+    assert bench.wait(20)
+    assert bench.desk.session.records[: len(unfinished.records)] == list(unfinished.records)
+
+
+def test_the_ranges_of_the_default_knobs_show_a_trade_off():
+    """At least 10 points of accuracy and 8 times the size, on the axis that is chosen at first."""
+    bench = Bench()
+    bench.run(block=True)
+    for ratio, dtype in ((0.95, "fp32"), (0.95, "int8")):
+        bench.controls["dtype"].value = dtype
+        bench.controls["prune_ratio"].slider.value = ratio
+        assert bench.wait(60)
+    sizes = [point[bench.screen.axis.value] for point in bench.points]
+    accuracies = [point["accuracy"] for point in bench.points]
+    assert max(sizes) >= 8 * min(sizes) and max(accuracies) - min(accuracies) >= 0.1
 
 
 def test_the_package_imports_no_widget_and_no_plot():

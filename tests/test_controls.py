@@ -1,5 +1,6 @@
 """Controls follow their fields: value, name, slider, error, hint, default."""
 
+from threading import Thread
 from typing import Literal
 
 import ipywidgets as widgets
@@ -194,3 +195,37 @@ def test_a_group_opens_and_closes_by_a_button():
     assert body.layout.display != "none" and button.description == "Hide training"
     button.click()
     assert body.layout.display == "none" and button.description == "Show training"
+
+
+def test_other_settings_are_taken_over_at_once_with_what_has_no_control():
+    made = Controls(Experiment(), Recipe(dtype="int8"))
+    seen = []
+    made.changed = lambda owner: seen.append((owner, made.settings(owner)))
+    teacher = Experiment(dataset="blobs", model="mlp", clients=3, clients_per_round=3)
+    taken = teacher.replace(model="logistic", teacher=teacher, lr=0.3, strategy="fedadam")
+    made["lr"].value = -1.0
+    seen.clear()
+    made.take(taken)
+    assert seen == [(Experiment, taken)] and made.errors == {} and made.settings(Recipe) == Recipe(dtype="int8")
+    assert all(made[name].value == getattr(taken, name) for name in fields_with_control(Experiment))
+    assert not made["adam_lr"].field.disabled and made["server_lr"].field.disabled
+    made["lr"].value = 0.2
+    assert made.settings(Experiment) == taken.replace(lr=0.2)
+
+
+def test_a_model_that_only_another_notebook_registered_is_taken_over_too():
+    made = controls()
+    made.take(Experiment(model="theirs"))
+    assert made.settings(Experiment).model == made["model"].value == "theirs" and "cnn" in made["model"].field.options
+
+
+def test_two_fields_may_be_changed_in_two_threads():
+    """JupyterLab sends the first message of every widget to another thread than the later ones."""
+    made = controls()
+    fields = ("rounds", "local_epochs", "batch_size", "clients")
+    threads = [Thread(target=lambda n=name: [setattr(made[n], "value", v) for v in range(10, 40)]) for name in fields]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(getattr(made.settings(Experiment), name) == 39 for name in fields)

@@ -20,9 +20,10 @@ ORDER = [
     "deployment.export", "deployment.convert", "deployment.score", "deployment.artifact", "deployment.evaluate",
     "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor", "deployment.stream",
     "deployment.maintain", "training", "sweep",
-    "lab.canvas", "lab.curve", "lab.clients", "lab.plots", "lab.marks", "lab.history", "lab.session", "lab.points",
-    "lab.compressor", "lab.follow", "lab.report", "lab.export", "lab.leaderboard", "lab.pictures", "lab.compare",
-    "lab.control", "lab.controls", "lab.shelves", "lab.screen", "lab.bench", "lab.looks", "lab.watch",
+    "lab.canvas", "lab.curve", "lab.clients", "lab.plots", "lab.marks", "lab.history", "lab.wording", "lab.session",
+    "lab.points", "lab.compressor", "lab.follow", "lab.report", "lab.export", "lab.leaderboard", "lab.desk",
+    "lab.pictures", "lab.compare", "lab.control", "lab.controls", "lab.shelf", "lab.point_shelf", "lab.run_shelf",
+    "lab.client_shelf", "lab.screen", "lab.view", "lab.bench", "lab.looks", "lab.watch",
 ]  # fmt: skip
 EMPTY = {"compression", "federation", "deployment", "scale", "lab"}  # packages that hold a docstring alone
 

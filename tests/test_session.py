@@ -1,6 +1,6 @@
 """The session without a widget: to the end, stopped, refused, from the store, diverged, failed."""
 
-from threading import Event
+from threading import Event, Thread
 from time import perf_counter
 
 import pytest
@@ -220,3 +220,21 @@ def test_two_sessions_on_one_store_give_one_run(session):
     assert session.wait(60) and other.wait(60)
     assert session.error == other.error == "" and session.runs[0].weights.equal(other.runs[0].weights)
     assert {session.runs[0].from_store, other.runs[0].from_store} == {True, False}
+
+
+def test_a_run_may_be_waited_for_while_it_is_being_started(session, monkeypatch):
+    seen = []
+
+    class Slow(Thread):
+        def start(self) -> None:
+            waiting = Thread(target=lambda: seen.append(session.wait(10)))
+            waiting.start()
+            waiting.join(0.05)
+            super().start()
+            others.append(waiting)
+
+    others: list[Thread] = []
+    monkeypatch.setattr(module, "Thread", Slow)
+    session.start(TINY)
+    others[0].join(20)
+    assert seen == [True]

@@ -10,7 +10,7 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import human_bytes, percent, three
 from fedlab_kit.lab.history import StoredRun, moment, origin
 from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.session import difference
+from fedlab_kit.lab.wording import difference
 from fedlab_kit.runs import Run, client_accuracy
 from fedlab_kit.settings import Settings
 
@@ -71,8 +71,8 @@ def html_table(caption: str, heads: Iterable[str], rows: Iterable[Sequence[str]]
         for row in rows
     )
     return (
-        f'<table class="fedlab-points"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{lines}</tbody></table>"
+        f'<div class="fedlab-wide"><table class="fedlab-points"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 
 

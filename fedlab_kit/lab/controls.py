@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from html import escape
+from threading import RLock
 from typing import Any, TypeVar
 
 import ipywidgets as widgets
@@ -33,6 +34,7 @@ class Controls:
     def __init__(self, *settings: Settings) -> None:
         self.errors: dict[str, str] = {}
         self.changed: Callable[[type[Settings]], None] = lambda owner: None
+        self._checking, self._taking = RLock(), False  # messages of two fields may come in two threads
         self._settings = {type(one): one for one in settings}
         self._controls = {name: make_control(one, name) for one in settings for name in fields_with_control(type(one))}
         for control in self._controls.values():
@@ -62,6 +64,23 @@ class Controls:
 
         An error of a field without a control (a teacher, say) is shown beside the control that was `moved`.
         """
+        with self._checking:
+            self._check(owner, moved)
+            silent = self._taking
+        if not silent:
+            self.changed(owner)
+
+    def take(self, settings: Settings) -> None:
+        """Put other settings of a class into the controls, with what has no control."""
+        owner = type(settings)
+        with self._checking:
+            self._taking = True  # `changed` is called once at the end, not for each of the fields
+            for name, control in self.of(owner).items():
+                put(control, getattr(settings, name))
+            self._settings[owner], self._taking = settings, False
+        self.check(owner)
+
+    def _check(self, owner: type[Settings], moved: str) -> None:
         controls, before = self.of(owner), self._settings[owner]
         values = {name: control.value for name, control in controls.items()}
         self._settings[owner], errors = validate(before, {**values, **parents(before, values)})
@@ -69,16 +88,6 @@ class Controls:
         self.errors = {name: e for name, e in self.errors.items() if name not in controls} | errors
         for name, control in controls.items():
             control.show(errors.get(name, ""), {**dict(self._settings[owner]), **values})
-        self.changed(owner)
-
-    def take(self, settings: Settings) -> None:
-        """Put other settings of a class into the controls, with what has no control."""
-        owner, changed = type(settings), self.changed
-        self.changed = lambda owner: None  # once at the end, not for each of the fields
-        for name, control in self.of(owner).items():
-            control.value = getattr(settings, name)
-        self.changed, self._settings[owner] = changed, settings
-        self.check(owner)
 
     def complain(self, message: str) -> None:
         """Show an error that came later, from the work, beside the control whose field it names first."""
@@ -93,6 +102,14 @@ class Controls:
             if name not in without:
                 grouped.setdefault(control.extra["group"], []).append(control)
         return [fold(GROUPS.get(group, group), controls) for group, controls in grouped.items()]
+
+
+def put(control: Control, value: Any) -> None:
+    """Show a value in its control, also a model or data set that another notebook registered and this one did not."""
+    field = control.field
+    if isinstance(field, widgets.Dropdown) and not isinstance(value, bool) and value not in field.options:
+        field.options = (*field.options, value)
+    control.value = value
 
 
 def parents(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:

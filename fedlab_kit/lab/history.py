@@ -62,7 +62,7 @@ class History:
         self.runs: tuple[StoredRun, ...] = ()
         self.cards: dict[str, dict[Path, dict[str, Any]]] = {}
         self.damaged: list[str] = []
-        found = []
+        found: list[tuple[str, int, StoredRun]] = []  # `when` has whole seconds; the file's own time tells the rest
         for file in sorted(folder.glob("*/experiment.json")):
             try:
                 run = _run(file.parent)
@@ -70,9 +70,9 @@ class History:
                 self.damaged.append(file.parent.name)
                 continue
             if run.records:
-                found.append(run)
+                found.append((run.measured["when"], file.stat().st_mtime_ns, run))
                 self.cards[run.key] = dict(_cards(file.parent))
-        self.runs = tuple(sorted(found, key=lambda run: run.measured["when"]))
+        self.runs = tuple(run for *_, run in sorted(found, key=lambda one: one[:2]))
 
     @property
     def error(self) -> str:
@@ -105,7 +105,12 @@ def _cards(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         artifact = file.with_suffix("")
         try:
             card = json.loads(file.read_text())
-            found.append((card["when"], artifact, card))
+            found.append((age(artifact, card), artifact, card))
         except (OSError, ValueError, TypeError, KeyError):
             continue
-    yield from ((artifact, card) for _, artifact, card in sorted(found, key=lambda one: one[:2]) if artifact.exists())
+    yield from ((artifact, card) for _, artifact, card in sorted(found, key=lambda one: one[0]))
+
+
+def age(artifact: Path, card: Mapping[str, Any]) -> tuple[str, int]:
+    """Return what sorts artifacts by the time of their measurement; OSError when the file is gone."""
+    return card["when"], artifact.stat().st_mtime_ns

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from html import escape
 from typing import Any
 
-from fedlab_kit import partition
-from fedlab_kit.data import load
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.lab import clients
 from fedlab_kit.lab.canvas import to_html
 from fedlab_kit.lab.curve import LiveCurve, accuracy_curve, describe_curve
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.plots import accuracy_against, describe_points
 from fedlab_kit.lab.points import Points, table
 from fedlab_kit.lab.session import Session
-from fedlab_kit.runs import client_accuracy
-
-MOST = 100  # clients who can be told apart in a picture
 
 
 class CurvePicture:
@@ -70,57 +61,3 @@ class ScatterPicture:
         self.table = table(rows, number)
         self._shown = now
         return self._html
-
-
-class ClientPictures:
-    """What each client holds, and how well the model serves it."""
-
-    def __init__(self) -> None:
-        self._dealt: Any = None
-        self._fared: Any = None
-        self._labels = self._accuracy = ""
-
-    def labels(self, asked: Experiment, at_hand: bool) -> str:
-        """Return the labels of each client's samples, where the data set is `at_hand`."""
-        e = asked
-        now = (e.dataset, e.partition, e.clients, e.alpha, e.seed, at_hand)
-        if self._dealt != now:
-            self._dealt = now
-            self._labels = _drawn(e, _labels) if at_hand else _note("Press Run to load the data set.")
-        return self._labels
-
-    def accuracy(self, stage: Experiment | None, records: Sequence[RoundRecord]) -> str:
-        """Return each client's accuracy after the last of the records."""
-        now = (stage, len(records))
-        if self._fared != now:
-            self._fared = now
-            self._accuracy = _note("No round yet.")
-            if stage is not None and records:
-                self._accuracy = _drawn(stage, lambda e: _fares(e, records[-1]))
-        return self._accuracy
-
-
-def _drawn(e: Experiment, draw: Callable[[Experiment], str]) -> str:
-    if e.clients > MOST:
-        return _note(f"Clients are drawn one by one up to {MOST} of them; these settings have {e.clients:,}.")
-    try:
-        return draw(e)
-    except (ValueError, OSError) as error:
-        return _note(str(error))
-
-
-def _labels(e: Experiment) -> str:
-    dataset = load(e.dataset)
-    shards = partition.partition(dataset, e.partition, e.clients, e.alpha, e.seed)
-    counts = partition.label_counts(dataset.train.y, shards, len(dataset.classes)).tolist()
-    return to_html(clients.label_counts(counts, dataset.classes), clients.describe_labels(counts, dataset.classes))
-
-
-def _fares(e: Experiment, record: RoundRecord) -> str:
-    names = load(e.dataset).sites if e.partition == "site" else ()
-    mean, low, high = (values.tolist() for values in client_accuracy(e, record))
-    return to_html(clients.client_accuracy(mean, low, high, names), clients.describe_clients(mean, names))
-
-
-def _note(text: str) -> str:
-    return f'<div class="fedlab-hint">{escape(text)}</div>'

@@ -11,7 +11,7 @@ from typing import Any
 from fedlab_kit.deployment.artifact import Artifact, slug
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.lab.canvas import human_bytes, human_ms, percent
-from fedlab_kit.lab.history import History, StoredRun, moment, origin
+from fedlab_kit.lab.history import History, StoredRun, age, moment, origin
 from fedlab_kit.lab.marks import Mark, Marks
 from fedlab_kit.runs import Run
 from fedlab_kit.sweep import MEASURED
@@ -124,7 +124,7 @@ class Points:
 def _stored(history: History) -> tuple[Point, ...]:
     """Return the points that the store holds, in the order of their measurement."""
     found = [(run, path, card) for run in history.runs for path, card in history.cards[run.key].items()]
-    found.sort(key=lambda one: str(one[2]["when"]))
+    found.sort(key=lambda one: age(*one[1:]))
     return tuple(
         Point(number, run, Recipe(**card["recipe"]), path, card, earlier=True)
         for number, (run, path, card) in enumerate(found, start=1)
@@ -158,7 +158,8 @@ def table(rows: Sequence[Row], current: int | None, most: int = 6) -> str:
     where = ", ".join(sorted({row["machine"] for row in rows[-most:]}))
     some = f"The last {most} of {len(rows)} points" if len(rows) > most else "All points"
     caption = f"<caption>{some}, measured on {escape(where)}</caption>"
-    return f'<table class="fedlab-points">{caption}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+    whole = f'<table class="fedlab-points">{caption}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+    return f'<div class="fedlab-wide">{whole}</div>'
 
 
 def _line(row: Row, current: bool) -> str:

@@ -4,17 +4,21 @@ what answers at once on the right, everything else folded away below. Core ipywi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any
 
 import ipywidgets as widgets
 
 from fedlab_kit.experiment import Experiment, Recipe
+from fedlab_kit.lab.client_shelf import ClientShelf
 from fedlab_kit.lab.control import Control
 from fedlab_kit.lab.controls import Controls, help_text
+from fedlab_kit.lab.desk import Desk
 from fedlab_kit.lab.plots import AXES
-from fedlab_kit.lab.shelves import WRAP, ClientShelf, PointShelf, RunShelf, button
+from fedlab_kit.lab.point_shelf import PointShelf
+from fedlab_kit.lab.run_shelf import RunShelf
+from fedlab_kit.lab.shelf import WRAP, button
 
 STYLE = """<style>
 .fedlab-slider .noUi-handle { visibility: hidden; box-shadow: none; }
@@ -27,10 +31,12 @@ STYLE = """<style>
 .fedlab-status { line-height: 1.4; min-height: 2.8em; }
 .fedlab-hint, .fedlab-help { color: var(--jp-ui-font-color2, #767676); line-height: 1.4; }
 .fedlab-help summary { cursor: pointer; }
+.fedlab-bench .widget-label { white-space: normal; line-height: 14px; align-self: center; height: auto; }
 .fedlab-side { font-weight: 600; }
 .fedlab-side span { font-weight: 400; color: var(--jp-ui-font-color2, #767676); }
 .jp-RenderedHTMLCommon .fedlab-points, .fedlab-points { font-size: 12px; line-height: 1.4; margin: 0; border: 0;
   border-collapse: collapse; table-layout: auto; }
+.fedlab-wide { overflow-x: auto; }
 .fedlab-points caption { text-align: left; }
 .fedlab-points th, .fedlab-points td { text-align: left; padding: 2px 10px 2px 0; font-weight: 400; }
 .fedlab-points td { white-space: nowrap; }
@@ -43,11 +49,22 @@ HALF = {"flex": "1 1 420px", "min_width": "0"}
 class Screen:
     """The widgets of one bench, without a thought of what they show; `widget` holds them all."""
 
-    def __init__(self, controls: Controls, first: list[Control], actions: dict[str, Callable[[], object]]) -> None:
-        self.run = button("Run", "Train with these settings", actions["run"], "primary")
-        self.stop = button("Stop", "End the run before its next batch", actions["stop"])
-        self.seed = button("New seed", "Run again with other random choices", actions["new_seed"])
-        self.points, self.runs, self.clients = PointShelf(actions), RunShelf(actions), ClientShelf(actions["refresh"])
+    def __init__(
+        self,
+        desk: Desk,
+        controls: Controls,
+        first: list[Control],
+        presses: Mapping[str, Callable[[], object]],
+        follow: Callable[[], object],
+    ) -> None:
+        self.run = button("Run", "Train with these settings", presses["Run"], "primary")
+        self.stop = button("Stop", "End the run before its next batch", presses["Stop"])
+        self.seed = button("New seed", "Run again with other random choices", presses["New seed"])
+        self.points, self.runs, self.clients = (
+            PointShelf(desk, follow),
+            RunShelf(desk, controls.take, follow),
+            ClientShelf(follow),
+        )
         self.axis = widgets.Dropdown(
             options=[(axis.label, name) for name, axis in AXES.items()],
             value="zstd_bytes",
@@ -55,10 +72,12 @@ class Screen:
             style={"description_width": "115px"},
             layout={"width": "400px", "max_width": "98%"},
         )
+        self.axis.observe(lambda change: follow(), "value")
         self.train_status, self.hint, self.curve = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.compress_status, self.scatter = widgets.HTML(), widgets.HTML()
         self.store_status = widgets.HTML()
         self.widget = widgets.VBox([widgets.HTML(STYLE), self.store_status, *self._rows(controls, first)])
+        self.widget.add_class("fedlab-bench")
 
     def _rows(self, controls: Controls, first: list[Control]) -> list[Any]:
         """Return three rows of two halves: knobs, plots, and what is folded away; each wraps on a narrow screen."""

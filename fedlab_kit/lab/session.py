@@ -12,10 +12,10 @@ from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.canvas import percent
 from fedlab_kit.lab.curve import Curve
-from fedlab_kit.lab.history import StoredRun, origin
+from fedlab_kit.lab.history import StoredRun
 from fedlab_kit.lab.marks import Marks
+from fedlab_kit.lab.wording import difference, outcome, role
 from fedlab_kit.runs import Run, find, train
-from fedlab_kit.settings import Settings
 
 
 class Session:
@@ -83,8 +83,10 @@ class Session:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the worker has ended, at most `timeout` seconds; whether it has."""
-        if self._worker is not None:
-            self._worker.join(timeout)
+        with self._lock:  # so that a worker that is about to begin has begun
+            worker = self._worker
+        if worker is not None:
+            worker.join(timeout)
         return not self.busy
 
     def refuse(self, reason: str) -> None:
@@ -105,8 +107,8 @@ class Session:
         return [(marks[run.key].name or self._label(run.experiment), run.records) for run in others[-most:]]
 
     def _label(self, experiment: Experiment) -> str:
-        role = _role(experiment, self.experiment)
-        return f"{role} {experiment.model}" if role else difference(experiment, self.experiment) or experiment.model
+        part = role(experiment, self.experiment)
+        return f"{part} {experiment.model}" if part else difference(experiment, self.experiment) or experiment.model
 
     def _work(self, experiment: Experiment, stop: Event) -> None:
         try:
@@ -144,8 +146,8 @@ class Session:
 
     def _begin(self, stage: Experiment) -> None:
         self.stage, self.records = stage, []
-        role = _role(stage, self.experiment)
-        self._doing = f"Training the {role} first" if role else "Training"
+        part = role(stage, self.experiment)
+        self._doing = f"Training the {part} first" if part else "Training"
         self._said = f"{self._doing}: round 1 of {stage.rounds} has begun."
 
     def _progress(self, record: RoundRecord) -> None:
@@ -159,8 +161,8 @@ class Session:
             self.records = list(run.records)
             if run.records:
                 self.runs = [earlier for earlier in self.runs if earlier.experiment != run.experiment] + [run]
-            role = _role(run.experiment, self.experiment)
-            self._said = f"The {role}: {outcome(run)}" if role else outcome(run)
+            part = role(run.experiment, self.experiment)
+            self._said = f"The {part}: {outcome(run)}" if part else outcome(run)
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
@@ -170,50 +172,9 @@ class Session:
         self._failed(self.error)
 
 
-def outcome(run: Run) -> str:
-    """Say how a run ended, what it reached, and when and where that was measured."""
-    rounds, asked = len(run.records), run.experiment.rounds
-    if not rounds:
-        return "Stopped before the first round ended. Run starts again."
-    reached = f"{percent(run.accuracy)} (95 % interval {percent(run.interval[0])} to {percent(run.interval[1])})"
-    seconds = f"{run.measured['seconds']:.1f} s"
-    if run.status == "diverged":
-        reason = run.note or "the loss is no longer a number"
-        said = f"Diverged in round {rounds} of {asked}: {reason}. Try a smaller learning rate."
-    elif run.status == "stopped":
-        return f"Stopped after round {rounds} of {asked} at {reached}. Run goes on from there."
-    else:
-        said = f"Finished: {reached} after {rounds} rounds in {seconds}."
-    if run.from_store:
-        said += (
-            f" Answered from the store, {origin(True, run.measured)}. New seed repeats it with other random choices."
-        )
-    return said
-
-
 def _readable(experiment: Experiment) -> Run | None:
     """Return the run of a store that can be read but not written, or None."""
     try:
         return find(experiment)
     except StoreError:
         return None
-
-
-def _role(experiment: Experiment, asked: Experiment | None) -> str:
-    """Say what an experiment is to the one that was asked for: "teacher", "start", or "" if neither."""
-    roles = {"teacher": asked.teacher, "start": asked.start} if asked else {}
-    return next((role for role, one in roles.items() if one == experiment), "")
-
-
-def difference(settings: Settings, other: Settings | None) -> str:
-    """Name the fields, with their values in `settings`, that set it apart from `other`, e.g. "alpha 0.1, lr 0.03"."""
-    if other is None:
-        return ""
-    pairs = [(name, value, getattr(other, name)) for name, value in settings]
-    return ", ".join(_short(name, value) for name, value, there in pairs if value != there)
-
-
-def _short(name: str, value: object) -> str:
-    if value is None:
-        return f"no {name}"
-    return f"{name} {value.model}" if isinstance(value, Experiment) else f"{name} {value}"

@@ -1,0 +1,70 @@
+"""What each client holds under the settings of the controls, and how the last round serves it, folded away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+import ipywidgets as widgets
+
+from fedlab_kit import partition
+from fedlab_kit.data import load
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.lab import clients
+from fedlab_kit.lab.canvas import to_html
+from fedlab_kit.lab.controls import folded, is_open
+from fedlab_kit.runs import client_accuracy
+
+MOST = 100  # clients who can be told apart in a picture
+
+
+class ClientShelf:
+    """Two pictures, drawn only while they are unfolded and anew only when what they show has changed."""
+
+    def __init__(self, follow: Callable[[], object]) -> None:
+        self.labels, self.accuracy = widgets.HTML(), widgets.HTML()
+        self.widget = folded("what each client holds and gets", [self.labels, self.accuracy], follow)
+        self._dealt: Any = None
+        self._fared: Any = None
+
+    def draw(self, asked: Experiment, stage: Experiment | None, records: Sequence[RoundRecord], at_hand: bool) -> None:
+        """Show both; that of the labels only where the data set is `at_hand`, not to be fetched first."""
+        if not is_open(self.widget):
+            return
+        dealt = (asked.dataset, asked.partition, asked.clients, asked.alpha, asked.seed, at_hand)
+        if self._dealt != dealt:
+            self._dealt = dealt
+            self.labels.value = _drawn(asked, _labels) if at_hand else _note("Press Run to load the data set.")
+        if self._fared != (stage, len(records)):
+            self._fared = (stage, len(records))
+            self.accuracy.value = _note("No round yet.")
+            if stage is not None and records:
+                self.accuracy.value = _drawn(stage, lambda e: _fares(e, records[-1]))
+
+
+def _drawn(e: Experiment, draw: Callable[[Experiment], str]) -> str:
+    if e.clients > MOST:
+        return _note(f"Clients are drawn one by one up to {MOST} of them; these settings have {e.clients:,}.")
+    try:
+        return draw(e)
+    except (ValueError, OSError) as error:
+        return _note(str(error))
+
+
+def _labels(e: Experiment) -> str:
+    dataset = load(e.dataset)
+    shards = partition.partition(dataset, e.partition, e.clients, e.alpha, e.seed)
+    counts = partition.label_counts(dataset.train.y, shards, len(dataset.classes)).tolist()
+    return to_html(clients.label_counts(counts, dataset.classes), clients.describe_labels(counts, dataset.classes))
+
+
+def _fares(e: Experiment, record: RoundRecord) -> str:
+    names = load(e.dataset).sites if e.partition == "site" else ()
+    mean, low, high = (values.tolist() for values in client_accuracy(e, record))
+    return to_html(clients.client_accuracy(mean, low, high, names), clients.describe_clients(mean, names))
+
+
+def _note(text: str) -> str:
+    return f'<div class="fedlab-hint">{escape(text)}</div>'

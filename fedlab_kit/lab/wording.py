@@ -1,0 +1,50 @@
+"""Runs in words: how one ended, what it is to the one that was asked for, what sets its settings apart."""
+
+from __future__ import annotations
+
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.lab.canvas import percent
+from fedlab_kit.lab.history import origin
+from fedlab_kit.runs import Run
+from fedlab_kit.settings import Settings
+
+
+def outcome(run: Run) -> str:
+    """Say how a run ended, what it reached, and when and where that was measured."""
+    rounds, asked = len(run.records), run.experiment.rounds
+    if not rounds:
+        return "Stopped before the first round ended. Run starts again."
+    reached = f"{percent(run.accuracy)} (95 % interval {percent(run.interval[0])} to {percent(run.interval[1])})"
+    seconds = f"{run.measured['seconds']:.1f} s"
+    if run.status == "diverged":
+        reason = run.note or "the loss is no longer a number"
+        said = f"Diverged in round {rounds} of {asked}: {reason}. Try a smaller learning rate."
+    elif run.status == "stopped":
+        return f"Stopped after round {rounds} of {asked} at {reached}. Run goes on from there."
+    else:
+        said = f"Finished: {reached} after {rounds} rounds in {seconds}."
+    if run.from_store:
+        said += (
+            f" Answered from the store, {origin(True, run.measured)}. New seed repeats it with other random choices."
+        )
+    return said
+
+
+def role(experiment: Experiment, asked: Experiment | None) -> str:
+    """Say what an experiment is to the one that was asked for: "teacher", "start", or "" if neither."""
+    roles = {"teacher": asked.teacher, "start": asked.start} if asked else {}
+    return next((role for role, one in roles.items() if one == experiment), "")
+
+
+def difference(settings: Settings, other: Settings | None) -> str:
+    """Name the fields, with their values in `settings`, that set it apart from `other`, e.g. "alpha 0.1, lr 0.03"."""
+    if other is None:
+        return ""
+    pairs = [(name, value, getattr(other, name)) for name, value in settings]
+    return ", ".join(_short(name, value) for name, value, there in pairs if value != there)
+
+
+def _short(name: str, value: object) -> str:
+    if value is None:
+        return f"no {name}"
+    return f"{name} {value.model}" if isinstance(value, Experiment) else f"{name} {value}"
