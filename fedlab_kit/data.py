@@ -7,8 +7,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,21 +14,10 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.catalog import dataset, lookup
-from fedlab_kit.download import FASHION_MNIST, MNIST, DataError, Source, fetch, read_idx
+from fedlab_kit.download import FASHION_MNIST, MNIST, DataError, Source, bundled, fetch, read_idx
 
 DIGITS = tuple("0123456789")
-GARMENTS = (
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
+GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SPLITS = ("train", "validation", "public", "test")
 
 
@@ -211,15 +198,8 @@ def images(
 
 
 def _bundled_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Read images uint8 [1797, 8, 8] of values 0 to 16 and labels int64 [1797] from the file inside scikit-learn.
-
-    scikit-learn itself is not imported: that takes a second.
-    """
-    package = find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise ValueError("dataset 'digits' needs scikit-learn: pip install scikit-learn")
-    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    with gzip.open(path, "rt") as file:
+    """Read images uint8 [1797, 8, 8] of values 0 to 16 and labels int64 [1797]."""
+    with gzip.open(bundled("digits.csv.gz"), "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
     return table[:, :64].reshape(-1, 8, 8), table[:, 64].astype(np.int64)
 

@@ -8,6 +8,7 @@ import os
 import struct
 import zlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,17 @@ def fetch(source: Source, file: str) -> Path:
     if local is not None and local.exists():
         return _checked(local, source.md5[file])
     return _download(source, file)
+
+
+def bundled(file: str) -> Path:
+    """Return the path of one of the data files inside scikit-learn.
+
+    scikit-learn itself is not imported: that takes a second. Raises DataError when it is not installed.
+    """
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise DataError(f"{file} is part of scikit-learn: pip install scikit-learn")
+    return Path(package.origin).parent / "datasets" / "data" / file
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
 import numpy as np
 
 from fedlab_kit.catalog import dataset
 from fedlab_kit.clinic import Column, Hospital, Schema, admit_all, assemble
 from fedlab_kit.data import Dataset
-from fedlab_kit.download import DataError, Source, fetch
+from fedlab_kit.download import Source, bundled, fetch
 
 MEASURES = (
     "radius", "texture", "perimeter", "area", "smoothness",
@@ -124,14 +121,6 @@ def _wards() -> list[Hospital]:
 
 
 def _bundled() -> tuple[np.ndarray, np.ndarray]:
-    """Read features float64 [569, 30] and labels int64 [569], 1 for malignant, from the file inside scikit-learn.
-
-    scikit-learn itself is not imported: that takes a second.
-    """
-    package = find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise DataError("dataset 'hospitals' needs scikit-learn: pip install scikit-learn")
-    table = np.loadtxt(
-        Path(package.origin).parent / "datasets" / "data" / "breast_cancer.csv", delimiter=",", skiprows=1
-    )
+    """Read features float64 [569, 30] and labels int64 [569], 1 for malignant."""
+    table = np.loadtxt(bundled("breast_cancer.csv"), delimiter=",", skiprows=1)
     return table[:, :30], 1 - table[:, 30].astype(np.int64)

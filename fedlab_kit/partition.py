@@ -8,8 +8,6 @@ from torch import Tensor
 
 from fedlab_kit.data import Dataset
 
-SCHEMES = ("iid", "dirichlet", "shards", "site")
-
 
 def partition(dataset: Dataset, scheme: str, clients: int, alpha: float, seed: int) -> list[Tensor]:
     """Return an int64 index tensor into `dataset.train` per client: each sample is used once, no client is empty.
@@ -21,7 +19,7 @@ def partition(dataset: Dataset, scheme: str, clients: int, alpha: float, seed: i
     """
     owners = {"iid": _iid, "dirichlet": _dirichlet, "shards": _shards, "site": _site}
     if scheme not in owners:
-        raise ValueError(f"partition must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+        raise ValueError(f"partition must be one of {', '.join(owners)}, got {scheme!r}")
     _check(dataset, scheme, clients, alpha)
     owner = owners[scheme](dataset, clients, alpha, np.random.default_rng(seed))
     counts = np.bincount(owner, minlength=clients)

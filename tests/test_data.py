@@ -82,10 +82,11 @@ def test_views_of_one_image_differ() -> None:
     assert not (train.x[:1000] == train.x[1000:]).flatten(1).all(1).any()
 
 
-def test_loading_digits_imports_neither_scikit_learn_nor_pooch() -> None:
+@pytest.mark.parametrize("name", ["digits", "hospitals"])
+def test_loading_what_is_bundled_imports_no_large_library(name: str) -> None:
     code = (
-        "import sys; from fedlab_kit.data import load; load('digits');"
-        "print([m for m in ('sklearn', 'scipy.sparse', 'pooch', 'requests') if m in sys.modules])"
+        f"import sys; from fedlab_kit import hospitals; from fedlab_kit.data import load; load({name!r});"
+        "print([m for m in ('sklearn', 'scipy.sparse', 'pandas', 'pooch', 'requests') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -15,16 +15,12 @@ def distillation_loss(logits: Tensor, teacher: Tensor, labels: Tensor, temperatu
     """Return the mean of `(1 - weight) * CE(labels) + weight * T^2 * KL(teacher || student)` over the batch, in nats.
 
     `logits` and `teacher` are [n, classes], `labels` [n]; no gradient flows into the teacher. `temperature` is
-    above 0, `weight` in 0..1.
+    above 0, `weight` in 0..1. The soft part is computed in float64: T^2 would magnify float32's rounding at high T.
     """
     hard = F.cross_entropy(logits, labels)
-    soft = F.kl_div(
-        F.log_softmax(logits / temperature, -1),
-        F.log_softmax(teacher.detach() / temperature, -1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return (1 - weight) * hard + weight * temperature**2 * soft
+    given, wanted = ((each.double() / temperature).log_softmax(-1) for each in (logits, teacher.detach()))
+    soft = temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+    return (1 - weight) * hard + weight * soft.to(hard.dtype)
 
 
 def distillation_slope(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float, weight: float) -> Tensor:

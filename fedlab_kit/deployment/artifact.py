@@ -15,7 +15,7 @@ from fedlab_kit import data
 from fedlab_kit.compression.prune import plan_channels, prune_channels, prune_weights
 from fedlab_kit.deployment import convert, measure
 from fedlab_kit.deployment.export import export
-from fedlab_kit.deployment.score import matrix
+from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import StoreError, write_bytes
 from fedlab_kit.models import flops
@@ -64,9 +64,7 @@ class Artifact:
         if raw.dtype.kind == "f" and not np.isfinite(raw).all():
             row = int(np.flatnonzero(~np.isfinite(raw).reshape(len(raw), -1).all(axis=1))[0])
             raise ValueError(f"x must have a number everywhere, sample {row} has a value that is missing or infinite")
-        logits = measure.logits(self.session, raw)
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return exponentials / exponentials.sum(axis=1, keepdims=True)
+        return probabilities(measure.logits(self.session, raw))
 
     def test(self) -> tuple[float, tuple[float, float]]:
         """Open the test split: measure the file's accuracy on it, with its interval, and write both on the card."""
@@ -105,7 +103,7 @@ def compress(run: Run, recipe: Recipe, folder: Path | str | None = None, test: b
         card = {
             **_origin(run, recipe),
             "parameters_before": before,
-            "digest": _digest(path.read_bytes()),
+            "digest": hashlib.sha256(path.read_bytes()).hexdigest(),
             "measured": measured,
             **when_and_where(),
         }
@@ -122,21 +120,11 @@ def compress(run: Run, recipe: Recipe, folder: Path | str | None = None, test: b
 
 def load(path: Path | str) -> Artifact:
     """Open an artifact again. Raises StoreError, naming the file, when it or its card is missing, cut or altered."""
-    path = Path(path)
-    card_file, _ = _beside(path)
     try:
-        content, card = path.read_bytes(), json.loads(card_file.read_text())
-        wanted = card["digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path} cannot be opened, it needs its model card {card_file.name} beside it: {error}"
-        ) from error
-    if (found := _digest(content)) != wanted:
-        raise StoreError(
-            f"{path} is truncated or altered: its SHA-256 begins with {found[:12]}, "
-            f"its card says {str(wanted)[:12]}; compress again"
-        )
-    return _artifact(path, card, measure.open_session(content))
+        content, card = read(path)
+    except ValueError as error:
+        raise StoreError(str(error)) from error
+    return _artifact(Path(path), card, measure.open_session(content))
 
 
 def prune(model: nn.Module, shape: tuple[int, ...], recipe: Recipe) -> nn.Module:
@@ -232,10 +220,6 @@ def _note(recipe: Recipe, before: int, after: int, converted: Any) -> str:
 def _beside(path: Path) -> tuple[Path, Path]:
     """The model card and the compressed form that belong to an artifact's file."""
     return path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.zst")
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _write_card(path: Path, card: dict[str, Any]) -> None:

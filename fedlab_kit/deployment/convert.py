@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedlab_kit.compression.quantize import BLOCK, DTYPES, applies
 from fedlab_kit.deployment.export import clean
-from fedlab_kit.deployment.measure import THREADS
+from fedlab_kit.deployment.measure import open_session
 
 Ranges = dict[str, tuple[np.float32, np.float32]]
 
@@ -83,20 +83,13 @@ class Calibrator:
     """The float graph opened with every activation that gets quantized as an output."""
 
     def __init__(self, graph: Any) -> None:
-        import onnxruntime
-
         observed = _with_shapes(graph)
         constants = {item.name for item in observed.graph.initializer}
         nodes = [node for node in observed.graph.node if node.name in _static_nodes(observed)]
         names = dict.fromkeys(name for n in nodes for name in (*n.input, *n.output) if name not in constants)
         shapes = {value.name: value for value in observed.graph.value_info}
         observed.graph.output.extend(shapes[name] for name in names if name in shapes)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = THREADS
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._session = onnxruntime.InferenceSession(
-            observed.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = open_session(observed.SerializeToString(), optimize=False)
         self._names = [output.name for output in self._session.get_outputs()]
 
     def ranges(self, samples: Tensor) -> Ranges:

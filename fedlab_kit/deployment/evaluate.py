@@ -5,7 +5,7 @@ Two classes, of which the second is the positive one. Below five patients of a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,13 +144,8 @@ def _groups(artifact: Artifact, split: str, dataset: Dataset | None) -> tuple[Sp
     if len(known.classes) != 2:
         raise ValueError(f"dataset must have two classes to have positives, {known.name!r} has {len(known.classes)}")
     part: Split = getattr(known, split)
-    return part, dict(_sites(part, known.sites))
-
-
-def _sites(part: Split, names: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:
-    for number, name in enumerate(names):
-        yield name, (part.site == number).numpy()  # type: ignore[union-attr]  # a Dataset with sites has them
-    yield EVERYONE, np.ones(len(part), bool)
+    groups = {name: np.asarray(part.site == number) for number, name in enumerate(known.sites)}
+    return part, groups | {EVERYONE: np.ones(len(part), bool)}
 
 
 def _with_interval(name: str, value: float, interval: tuple[float, float]) -> dict[str, float]:

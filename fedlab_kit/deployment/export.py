@@ -212,12 +212,7 @@ def _agrees(graph: Any, sample: Tensor, expected: np.ndarray) -> bool:
 
     try:
         found = open_session(graph.SerializeToString()).run(None, {"x": sample.numpy()})[0]
-    except (
-        Fail,
-        InvalidArgument,
-        InvalidGraph,
-        RuntimeException,
-    ):  # tensors of other sizes may not fit the cached graph
-        return False
+    except (Fail, InvalidArgument, InvalidGraph, RuntimeException):
+        return False  # tensors of other sizes may not fit the cached graph
     tolerance = 1e-4 * max(1.0, float(np.abs(expected).max()))
     return found.shape == expected.shape and np.allclose(found, expected, rtol=1e-4, atol=tolerance)

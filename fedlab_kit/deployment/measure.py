@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import quantiles
 from typing import Any, NamedTuple
 
@@ -25,13 +26,15 @@ class Timing(NamedTuple):
     spread: float
 
 
-def open_session(content: bytes) -> Any:
-    """Open a file's bytes in onnxruntime, on the CPU, with one thread."""
+def open_session(content: bytes, optimize: bool = True) -> Any:
+    """Open a file's bytes in onnxruntime, on the CPU, with one thread; without `optimize` just as its nodes say."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = THREADS
     options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
@@ -77,11 +80,7 @@ def _summary(samples: list[float]) -> Timing:
 def latencies(sessions: Sequence[Any], x: Tensor | np.ndarray, seconds: float = 0.03) -> list[Timing]:
     """Time sessions against each other on the same batch of raw samples [n, ...]."""
     raw = np.asarray(x)
-
-    def runner(session: Any) -> Callable[[], Any]:
-        return lambda: session.run(None, {"x": raw})
-
-    return timings([runner(session) for session in sessions], seconds)
+    return timings([partial(session.run, None, {"x": raw}) for session in sessions], seconds)
 
 
 def sparsity(graph: Any) -> float:

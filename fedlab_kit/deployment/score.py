@@ -27,14 +27,7 @@ class Model:
     def __init__(self, path: str | Path) -> None:
         import onnxruntime
 
-        content, card = Path(path).read_bytes(), Path(f"{path}.json")
-        try:
-            self.card: dict[str, Any] = json.loads(card.read_text())
-            wanted = self.card["digest"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} needs its model card {card.name} beside it: {error}") from error
-        if hashlib.sha256(content).hexdigest() != wanted:
-            raise ValueError(f"{path} is truncated or altered: its SHA-256 is not the one on its card")
+        content, self.card = read(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -51,13 +44,35 @@ class Model:
         answers: list[dict[str, Any]] = [
             {"class": None, "probability": None, "problem": problems.get(number, "")} for number in range(len(rows))
         ]
-        logits = self._session.run(None, {"x": rows[good]})[0] if good else []
-        for number, logit in zip(good, logits, strict=True):
-            shares = np.exp(logit - logit.max())
-            best = int(shares.argmax())
-            answers[number]["class"] = self.card["data"]["classes"][best]
-            answers[number]["probability"] = float(shares[best] / shares.sum())
+        shares = probabilities(self._session.run(None, {"x": rows[good]})[0]) if good else ()
+        for number, share in zip(good, shares, strict=True):
+            answers[number]["class"] = self.card["data"]["classes"][int(share.argmax())]
+            answers[number]["probability"] = float(share.max())
         return answers
+
+
+def read(path: str | Path) -> tuple[bytes, dict[str, Any]]:
+    """Return an artifact's bytes and its card. Raises ValueError naming what is missing, cut or altered."""
+    card_file = Path(f"{path}.json")
+    try:
+        content, card = Path(path).read_bytes(), json.loads(card_file.read_text())
+        wanted = card["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be opened, it needs its model card {card_file.name} beside it: {error}"
+        ) from error
+    if (found := hashlib.sha256(content).hexdigest()) != wanted:
+        raise ValueError(
+            f"{path} is truncated or altered: its SHA-256 begins with {found[:12]}, "
+            f"its card says {str(wanted)[:12]}; compress again"
+        )
+    return content, card
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Return the softmax of logits [n, classes]."""
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def matrix(table: Any, wanted: Mapping[str, Any]) -> np.ndarray:
