@@ -235,7 +235,7 @@ def test_distillation_slope_is_the_gradient_and_spares_the_teacher(temperature, 
     assert teacher.grad is None
 
 
-@pytest.mark.parametrize(("temperature", "near"), [(1e3, 1e-2), (1e6, 1e-5)])
+@pytest.mark.parametrize(("temperature", "near"), [(1e3, 1e-2), (1e5, 1e-4)])
 def test_high_temperature_is_half_the_mse_of_centred_logits(temperature, near):
     logits, teacher = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(6, dtype=torch.int64)
