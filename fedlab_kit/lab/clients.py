@@ -37,7 +37,7 @@ def label_counts(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Fig
         tops = [foot + 0.85 * value / largest for foot, value in zip(feet, n, strict=True)]
         axes.vlines(x, feet, tops, color=BLUE, linewidth=0.75 * step)
     what = "Largest bubble" if len(counts) <= FEW else "Tallest bar"
-    axes.set_title(f"{what}: {largest} samples", color=GREY, fontsize=9, loc="right", pad=3)
+    axes.set_title(f"{what}: {largest} samples", color=GREY, fontsize=8, loc="right", pad=2)
     return figure
 
 
@@ -49,6 +49,7 @@ def client_accuracy(
     order = sorted(range(len(accuracy)), key=lambda client: accuracy[client])
     figure, axes = canvas(right=0.18)
     axes.set(ylabel="Accuracy on validation (%)", xlabel="Client, worst first", xlim=(-0.7, len(order) - 0.3))
+    axes.locator_params(axis="y", integer=True)
     size = min(6.0, 250 / len(order))
     for color, marker, first, some in ((VERMILLION, "s", 0, order[:1]), (BLUE, "o", 1, order[1:])):
         x, y = range(first, first + len(some)), [100 * accuracy[client] for client in some]
@@ -56,7 +57,7 @@ def client_accuracy(
         axes.vlines(x, *ends, color=color, linewidth=min(1.0, size / 3))
         axes.plot(x, y, marker, color=color, markersize=max(size, 5) if first == 0 else size, zorder=3 - first)
     if len(order) <= FEW:
-        axes.set_xticks(range(len(order)), [names[client] for client in order])
+        axes.set_xticks(range(len(order)), [names[client] for client in order], fontsize=8 if len(order) > 12 else None)
     else:
         axes.set_xticks([])
     _name_mean_and_worst(axes, 100 * sum(accuracy) / len(accuracy), 100 * accuracy[order[0]], names[order[0]])
@@ -88,5 +89,5 @@ def _name_mean_and_worst(axes: Axes, mean: float, worst: float, name: str) -> No
     axes.axhline(mean, color=GREY, linewidth=1, linestyle="--")
     look: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "color": GREY, "va": "center", "fontsize": 9}
     axes.annotate(f"mean {percent(mean / 100)}", (1.01, mean), **look)
-    text = f"worst: {name}, {percent(worst / 100)}"
-    axes.annotate(text, (0, worst), (8, -11), textcoords="offset points", color=VERMILLION, fontsize=9)
+    look |= {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "color": VERMILLION}
+    axes.annotate(f"worst: {name}, {percent(worst / 100)}", (0, 0.03), (8, 0), **look)  # few intervals reach down there
