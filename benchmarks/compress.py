@@ -127,7 +127,7 @@ def latencies() -> list[Row]:
     }
     sessions = [artifact.session for artifact in artifacts.values()]
     x = run.dataset.validation.x
-    one, many = measure.latencies(sessions, x[:1]), measure.latencies(sessions, x[:64])
+    one, many = (measure.latencies(sessions, x[:batch], seconds=0.5) for batch in (1, 64))
     return [
         {
             "file": name,

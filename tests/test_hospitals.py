@@ -214,6 +214,7 @@ def test_a_damaged_heart_file_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         hospitals.clinics(seed=0, shares=(0.48, 0.15, 0.03))
 
 
+@pytest.mark.slow
 def test_the_real_heart_has_the_published_numbers() -> None:
     """740 patients, of them 199/104, 172/89, 30/16 and 85/45 to learn and to test, as FLamby states."""
     if not (Path(os.environ.get("FEDLAB_DATA", "")) / "heart_disease").is_dir():

@@ -58,7 +58,8 @@ def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
 def timings(calls: Sequence[Callable[[], Any]], seconds: float = 0.03, least: int = 5) -> list[Timing]:
     """Time several calls in turns, so that a disturbance of the machine meets them all alike.
 
-    Each runs once untimed, then in turns until `seconds` per call have passed and each ran `least` times.
+    Each runs once untimed, then in turns until `seconds` per call have passed and each ran `least` times. A turn
+    begins untimed: the call before has filled the cache with weights of its own, as it would not in service.
     """
     for call in calls:
         call()
@@ -66,6 +67,8 @@ def timings(calls: Sequence[Callable[[], Any]], seconds: float = 0.03, least: in
     end = time.perf_counter() + seconds * len(calls)
     while len(taken[0]) < least or time.perf_counter() < end:
         for call, samples in zip(calls, taken, strict=True):
+            if len(calls) > 1:
+                call()
             start = time.perf_counter()
             call()
             samples.append(time.perf_counter() - start)
