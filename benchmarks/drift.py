@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import fedlab_kit as fk
@@ -58,14 +59,11 @@ def streams(seed: int, name: str) -> dict[str, Any]:
     artifact, data, rng = fk.compress(run, fk.Recipe()), run.dataset, np.random.default_rng(seed)
     found: dict[str, list[int]] = {}
     for number, site in enumerate(data.sites):
-        pool = data.test.x[data.test.site == number].numpy()
         found[site] = []
-        for _ in range(STREAMS):
-            rows = pool[rng.integers(len(pool), size=PATIENTS if name == "none" else WITHIN)]
+        for rows in shifted(data, number, name, STREAMS, rng):
             monitor = Monitor(artifact, data.train)
-            shifted = shift(rows, data.preprocess, rng, **SHIFTS[name])
             for start in range(0, len(rows), 100):
-                monitor.watch(site, shifted[start : start + 100])
+                monitor.watch(site, rows[start : start + 100])
             kinds = [alarm.kind for alarm in monitor.alarms]
             found[site].append(sum(kind in ("inputs", "confidence") for kind in kinds))
     return found
@@ -79,11 +77,9 @@ def ks_streams(seed: int, name: str) -> dict[str, Any]:
     data, rng = fk.train(EXPERIMENT).dataset, np.random.default_rng(seed)
     found: dict[str, list[int]] = {}
     for number, site in enumerate(data.sites):
-        pool, known = (part.x[part.site == number].numpy() for part in (data.test, data.train))
+        known = data.train.x[data.train.site == number].numpy()
         level, found[site] = 0.05 / (known.shape[1] * PATIENTS / KS_LOOK), []
-        for _ in range(KS_STREAMS):
-            rows = pool[rng.integers(len(pool), size=PATIENTS if name == "none" else WITHIN)]
-            rows = shift(rows, data.preprocess, rng, **SHIFTS[name])
+        for rows in shifted(data, number, name, KS_STREAMS, rng):
             looks, start = 0, 0
             for end in range(KS_LOOK, len(rows) + 1, KS_LOOK):
                 recent = rows[max(start, end - 100) : end]
@@ -93,17 +89,17 @@ def ks_streams(seed: int, name: str) -> dict[str, Any]:
     return found
 
 
-def shift(
-    rows: Any, preprocess: Any, rng: Any, gain: float = 1.0, offset: float = 0.0, count: int = 10, around: str = "zero"
-) -> Any:
-    """Return a copy of raw rows float32 [n, d] with `count` features, drawn by `rng`, changed."""
-    import numpy as np
+def shifted(data: fk.Dataset, site: int, name: str, count: int, rng: Any) -> Iterator[Any]:
+    """Yield `count` streams of a site's resampled test patients, float32 [n, d], changed as `name` says."""
+    from fedlab_kit.deployment.stream import changed
 
-    shifted, chosen = rows.copy(), rng.permutation(rows.shape[1])[:count]
-    mean, std = (np.float32(value)[chosen] for value in (preprocess.mean, preprocess.std))
-    pivot = mean if around == "mean" else np.float32(0)
-    shifted[:, chosen] = pivot + np.float32(gain) * (rows[:, chosen] - pivot) + np.float32(offset) * std
-    return shifted
+    how = {"gain": 1.0, "offset": 0.0, "count": 10, "around": "zero", **SHIFTS[name]}
+    about = data.preprocess.mean if how["around"] == "mean" else 0.0
+    pool = data.test.x[data.test.site == site].numpy()
+    for _ in range(count):
+        rows = pool[rng.integers(len(pool), size=PATIENTS if name == "none" else WITHIN)]
+        features = rng.permutation(rows.shape[1])[: how["count"]]
+        yield changed(rows, features, data.preprocess, how["gain"], how["offset"], about)
 
 
 def _row(name: str, seeds: list[dict[str, list[int]]]) -> Row:

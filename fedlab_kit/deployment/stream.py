@@ -4,6 +4,8 @@ changes at some moment.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from fedlab_kit.data import Preprocess, Split
@@ -44,7 +46,20 @@ def draw(part: Split, site: int, preprocess: Preprocess, stream: Stream) -> tupl
     rng = np.random.default_rng(stream.seed)
     chosen, rows = rng.permutation(width)[: stream.features], pool[rng.integers(len(pool), size=stream.patients)]
     x, y = part.x.numpy()[rows].copy(), part.y.numpy()[rows]
-    std = np.broadcast_to(np.asarray(preprocess.std, np.float32), width)[chosen]
-    later = x[stream.begin :]
-    later[:, chosen] = np.float32(stream.gain) * later[:, chosen] + np.float32(stream.offset) * std
+    x[stream.begin :] = changed(x[stream.begin :], chosen, preprocess, stream.gain, stream.offset)
     return x, y
+
+
+def changed(
+    rows: np.ndarray, features: np.ndarray, preprocess: Preprocess, gain: float, offset: float, about: Any = 0.0
+) -> np.ndarray:
+    """Return raw rows float32 [n, d] with some `features` stretched by `gain` about `about` ([d], or one number).
+
+    `offset` of their standard deviations are added.
+    """
+    std, pivot = (
+        np.broadcast_to(np.asarray(value, np.float32), rows.shape[1])[features] for value in (preprocess.std, about)
+    )
+    moved = rows.copy()
+    moved[:, features] = pivot + np.float32(gain) * (rows[:, features] - pivot) + np.float32(offset) * std
+    return moved
