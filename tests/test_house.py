@@ -66,6 +66,12 @@ def test_every_module_has_its_place():
     assert {name for name in modules if not name.startswith("lab.exercises")} == set(ORDER)
 
 
+def test_the_map_shows_every_module_in_its_place():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    shown = [line.split("`")[1] for line in lines if line.startswith("| `")]
+    assert shown == ORDER, "fedlab_kit/README.md must have a line for each module, in the order of ORDER"
+
+
 def test_the_rounds_and_the_compression_touch_no_widget_and_no_disk():
     for room in ("compression", "federation", "wire"):
         for path in (ROOT / room).glob("*.py"):

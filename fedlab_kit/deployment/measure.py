@@ -1,4 +1,4 @@
-"""What is measured on a deployed file: accuracy, latency, sparsity. And the FLOPs of its float graph."""
+"""What is measured on a deployed file: accuracy, latency, and the zeros among its weights."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Made-up streams of patients for trying a monitor: held-out patients, drawn again and again, measured by a device that
-changes at some moment.
-"""
+"""Made-up streams of patients for trying a monitor: held-out ones drawn again, measured by a device that changes."""
 
 from __future__ import annotations
 
