@@ -41,8 +41,8 @@ def alone(experiment: Experiment, client: int, start: Tensor | None = None, roun
     return weights
 
 
-def side_by_side(experiment: Experiment, tuning: int = 2, split: str = "validation") -> DataFrame:
-    """Return each site's accuracy on its own held-out samples, four ways; the last row is all patients together.
+def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
+    """Return each site's accuracy on its own validation samples, four ways; the last row is all patients together.
 
     Columns: `patients`; `alone` (a model of its own), `federated`, `tuned` (the federated model after `tuning` more
     rounds at the site alone) and `pooled`. Each way passes over its data as often as the experiment does. Raises
@@ -61,7 +61,7 @@ def side_by_side(experiment: Experiment, tuning: int = 2, split: str = "validati
         "tuned": [alone(experiment, site, together, tuning) for site in sites],
         "pooled": [whole] * len(sites),
     }
-    results = {way: [job.evaluate(w, getattr(job.dataset, split)) for w in models] for way, models in ways.items()}
+    results = {way: [job.evaluate(w, job.dataset.validation) for w in models] for way, models in ways.items()}
     patients = torch.tensor(results["pooled"][0].total)
     hits = {way: torch.tensor([found[site].correct[site] for site in sites]) for way, found in results.items()}
     table = {"patients": [*patients.tolist(), int(patients.sum())]}

@@ -51,7 +51,8 @@ def stand_in(run: fk.Run, model: nn.Module) -> Any:
 def test_plain_onnxruntime_on_raw_test_pixels_gives_the_accuracy_on_the_card(
     run: fk.Run, recipe: fk.Recipe, tmp_path: Path
 ) -> None:
-    artifact = compress(run, recipe, tmp_path, test=True)
+    artifact = compress(run, recipe, tmp_path)
+    artifact.test()
     np.savez(tmp_path / "test.npz", x=run.dataset.test.x.numpy(), y=run.dataset.test.y.numpy())
     script = (
         "import sys, numpy, onnxruntime; data = numpy.load(sys.argv[2])\n"

@@ -122,7 +122,7 @@ def test_what_cannot_be_evaluated_is_named(artifact):
     with pytest.raises(ValueError, match=r"^split must be one of train, validation, public, test, got 'all'$"):
         evaluate(artifact, split="all")
     with pytest.raises(ValueError, match="must have two classes to have positives, 'blobs_at_sites' has 3"):
-        evaluate(artifact, dataset=load("blobs_at_sites"))
+        compare(artifact, artifact, dataset=load("blobs_at_sites"))
     with pytest.raises(ValueError, match="of must be one of accuracy, sensitivity, specificity, got 'auc'"):
         compare(artifact, artifact, of="auc")
 

@@ -100,14 +100,14 @@ def test_stacked_clients_are_quantized_each_by_itself(dtype: str) -> None:
     stack = (
         torch.randn(3, 4, 40, generator=torch.Generator().manual_seed(4)) * torch.tensor([1.0, 10, 100])[:, None, None]
     )
-    together = fake_quantize(stack, dtype, stacked=True)
-    assert torch.equal(together, torch.stack([fake_quantize(weight, dtype) for weight in stack]))
+    together = quantized(stack, dtype, stacked=True)
+    assert torch.equal(together, torch.stack([quantized(weight, dtype) for weight in stack]))
 
 
 def test_what_no_grid_covers_stays_as_it_is() -> None:
     bias, kernel = torch.randn(5), torch.randn(2, 3, 5, 5)
     assert fake_quantize(bias, "int8") is bias
-    assert fake_quantize(bias.expand(3, 5), "int8", stacked=True).equal(bias.expand(3, 5))
+    assert quantized(bias.expand(3, 5), "int8", stacked=True).equal(bias.expand(3, 5))
     assert fake_quantize(kernel, "int4") is kernel
     assert fake_quantize(kernel, "fp32") is kernel
 

@@ -75,12 +75,12 @@ def quantized(weight: Tensor, dtype: str, stacked: bool = False) -> Tensor:
     return values.flatten(-2)[..., : weight.shape[-1]] if dtype == "int4" else values
 
 
-def fake_quantize(weight: Tensor, dtype: str, stacked: bool = False) -> Tensor:
+def fake_quantize(weight: Tensor, dtype: str) -> Tensor:
     """Round a weight to the grid of `dtype` and let the gradient pass as if nothing had happened.
 
     The straight-through estimator of Bengio et al. 2013, as in quantization-aware training (Jacob et al. 2018).
-    With `stacked`, the leading dimension counts clients. The value is exactly the grid's, not weight + error.
+    The value is exactly the grid's, not weight + error.
     """
-    if not applies(weight, dtype, stacked):
+    if not applies(weight, dtype):
         return weight
-    return quantized(weight.detach(), dtype, stacked) + (weight - weight.detach())
+    return quantized(weight.detach(), dtype) + (weight - weight.detach())

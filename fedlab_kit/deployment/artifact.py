@@ -74,11 +74,11 @@ class Artifact:
         return accuracy, interval
 
 
-def compress(run: Run, recipe: Recipe, folder: Path | str | None = None, test: bool = False) -> Artifact:
+def compress(run: Run, recipe: Recipe, folder: Path | str | None = None) -> Artifact:
     """Prune, export, quantize, write, load back and measure; the files go to `folder` or the run's `artifacts/`.
 
-    The same run and recipe give the same bytes. `test` also opens the test split. Raises ValueError when the recipe
-    or the model makes it impossible, StoreError when a file cannot be written; nothing half-written stays behind.
+    The same run and recipe give the same bytes. Raises ValueError when the recipe or the model makes it impossible,
+    StoreError when a file cannot be written; nothing half-written stays behind.
     """
     dataset = run.dataset
     model = prune(run.model, dataset.shape, recipe)
@@ -112,10 +112,7 @@ def compress(run: Run, recipe: Recipe, folder: Path | str | None = None, test: b
         for file in (path, *_beside(path)):
             file.unlink(missing_ok=True)
         raise
-    artifact = _artifact(path, card, session)
-    if test:
-        artifact.test()
-    return artifact
+    return _artifact(path, card, session)
 
 
 def load(path: Path | str) -> Artifact:

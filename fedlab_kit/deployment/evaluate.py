@@ -26,22 +26,19 @@ TRAFFIC = ("uplink_bytes", "downlink_bytes")
 EVERYONE = "all"
 
 
-def evaluate(
-    artifacts: Mapping[str, Artifact] | Artifact, split: str = "validation", dataset: Dataset | None = None
-) -> DataFrame:
+def evaluate(artifacts: Mapping[str, Artifact] | Artifact, split: str = "validation") -> DataFrame:
     """Return a row for each artifact and site, and one for all patients together.
 
     Columns: `artifact`, `site`, `patients`, `positive`; `accuracy`, `auc`, `sensitivity`, `specificity`, `brier` (the
     Brier score) and `calibration` (mean risk minus the share that is positive), each with its 95 % interval in
     `<name>_low` and `<name>_high`, NaN where not estimable, which `note` explains; what the file costs (`latency_ms`,
-    `bytes`, `zstd_bytes`) and what its training sent. `dataset` is the one trained on unless another is given. Raises
-    ValueError for an unknown split or more than two classes.
+    `bytes`, `zstd_bytes`) and what its training sent. Raises ValueError for an unknown split or more than two classes.
     """
     import pandas
 
     rows = []
     for name, artifact in _named(artifacts).items():
-        part, groups = _groups(artifact, split, dataset)
+        part, groups = _groups(artifact, split)
         risk, y = artifact.predict(part.x)[:, 1], part.y.numpy()
         costs = {cost: getattr(artifact, cost) for cost in COSTS}
         sent = {key: artifact.card["training"][key] for key in TRAFFIC}
@@ -106,7 +103,7 @@ def compare(
     return pandas.DataFrame(rows)
 
 
-def with_rates(points: DataFrame, split: str = "validation") -> DataFrame:
+def with_rates(points: DataFrame) -> DataFrame:
     """Return points of a sweep (each with the `path` of its artifact) with what `choose` can put a floor under.
 
     New columns: `auc`, `sensitivity` and `specificity` of all patients, `lowest_accuracy` of any site where it is
@@ -116,7 +113,7 @@ def with_rates(points: DataFrame, split: str = "validation") -> DataFrame:
 
     rows = []
     for path in points["path"]:
-        table = evaluate(load(path), split).set_index("site")
+        table = evaluate(load(path)).set_index("site")
         everyone, sites = table.loc[EVERYONE], table.drop(EVERYONE)["accuracy"].dropna()
         row = {name: everyone[name] for name in ("auc", "sensitivity", "specificity")}
         rows.append({**row, "lowest_accuracy": sites.min(), "lowest_site": sites.idxmin() if len(sites) else ""})
@@ -136,7 +133,7 @@ def _named(artifacts: Mapping[str, Artifact] | Artifact) -> Mapping[str, Artifac
     return {artifacts.path.stem: artifacts} if isinstance(artifacts, Artifact) else artifacts
 
 
-def _groups(artifact: Artifact, split: str, dataset: Dataset | None) -> tuple[Split, dict[str, np.ndarray]]:
+def _groups(artifact: Artifact, split: str, dataset: Dataset | None = None) -> tuple[Split, dict[str, np.ndarray]]:
     """The split, and which of its samples belong to each site and to all."""
     if split not in data.SPLITS:
         raise ValueError(f"split must be one of {', '.join(data.SPLITS)}, got {split!r}")

@@ -48,8 +48,8 @@ def maintain(registry: Registry, run: Run, dataset: str, recipe: Recipe, rounds:
     return Upkeep(version, won, why, renewed)
 
 
-def better(new: Artifact, old: Artifact, dataset: str, split: str = "validation") -> tuple[bool, str]:
-    """Say whether `new` is better than `old` on the same patients, and why.
+def better(new: Artifact, old: Artifact, dataset: str) -> tuple[bool, str]:
+    """Say whether `new` is better than `old` on the same validation patients, and why.
 
     The rule: the mean log loss must be lower, by a paired permutation test at 5 %, and no site may be "hurt" as
     `compare` calls it.
@@ -57,10 +57,10 @@ def better(new: Artifact, old: Artifact, dataset: str, split: str = "validation"
     from scipy.stats import permutation_test
 
     known = data.load(dataset)
-    part = getattr(known, split)
+    part = known.validation
     gain = log_loss(old, part) - log_loss(new, part)
     p = permutation_test((gain,), np.mean, permutation_type="samples", alternative="greater", rng=0).pvalue
-    verdicts = compare(old, {"new": new}, split, dataset=known).set_index("site")["verdict"].drop(EVERYONE)
+    verdicts = compare(old, {"new": new}, dataset=known).set_index("site")["verdict"].drop(EVERYONE)
     hurt = verdicts[verdicts == "hurt"].index.tolist()
     said = f"log loss {'fell' if gain.mean() > 0 else 'rose'} by {abs(gain.mean()):.3f} nats a patient (p = {p:.4f})"
     if hurt:

@@ -89,8 +89,8 @@ class Monitor:
     """Scores patients and watches; `alarms` holds the plain records, oldest first, `sites` what is known of each.
 
     `reference` are patients whose like the artifact is for, of each site; labels are not looked at. A site with fewer
-    than ten of them is not watched for drift. `names` are the sites', those on the artifact's card unless given.
-    Inputs are watched when they are tables; of pictures the confidence alone. Example:
+    than ten of them is not watched for drift. Inputs are watched when they are tables; of pictures the confidence
+    alone. Example:
     `monitor = Monitor(artifact, dataset.train); monitor.watch("rural", rows)`.
     """
 
@@ -98,7 +98,6 @@ class Monitor:
         self,
         artifact: Artifact,
         reference: Split,
-        names: tuple[str, ...] = (),
         budgets: Budgets | None = None,
         tolerance: float = TOLERANCE,
         clock: Callable[[], float] = perf_counter,
@@ -106,7 +105,7 @@ class Monitor:
         self.artifact, self.budgets, self.tolerance = artifact, budgets or Budgets(), tolerance
         self.alarms: list[Alarm] = []
         self._clock = clock
-        known = names or tuple(artifact.card["data"]["sites"]) or ("all",)
+        known = tuple(artifact.card["data"]["sites"]) or ("all",)
         rows = np.asarray(reference.x)
         where = np.zeros(len(rows), int) if reference.site is None else reference.site.numpy()
         groups = {name: rows[where == number] for number, name in enumerate(known)}

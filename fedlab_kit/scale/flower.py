@@ -98,11 +98,11 @@ def _ray() -> Iterator[None]:
                 os.environ["PYTHONPATH"] = path
 
 
-def _start_ray(folder: str, tries: int = 3) -> None:
+def _start_ray(folder: str) -> None:
     """Start Ray on this machine; on a busy one its own limit of 30 s is too short, so it is tried again."""
     import ray
 
-    for left in reversed(range(tries)):
+    for left in (2, 1, 0):
         try:
             ray.init(
                 address="local",
