@@ -32,7 +32,7 @@ def read(settings: Mapping[str, Any]) -> Experiment:
 
 def line(record: RoundRecord) -> str:
     """Return one round in one line."""
-    parts = [
+    said = [
         f"round {record.round:3}",
         f"accuracy {record.accuracy:6.1%}",
         f"answered {len(record.answered)} of {len(record.cohort)}",
@@ -42,7 +42,7 @@ def line(record: RoundRecord) -> str:
         *(f"client {client}: {why}" for client, why in record.refused),
         *([record.note] if record.note else []),
     ]
-    return " | ".join(parts)
+    return " | ".join(said)
 
 
 def modules_of(experiment: Experiment) -> list[str]:
