@@ -80,31 +80,25 @@ def compress(run: Run, recipe: Recipe, folder: Path | str | None = None) -> Arti
     The same run and recipe give the same bytes. Raises ValueError when the recipe or the model makes it impossible,
     StoreError when a file cannot be written; nothing half-written stays behind.
     """
-    dataset = run.dataset
-    model = prune(run.model, dataset.shape, recipe)
-    graph = export(model, dataset.preprocess, dataset.validation.x[:SAMPLES])
-    ranges = None
-    if (recipe.dtype, recipe.quantization) == ("int8", "static"):
-        ranges = convert.calibrate(graph, [dataset.train.x[shard] for shard in run.shards])
-    converted = convert.convert(graph, recipe.dtype, ranges)
+    model = prune(run.model, run.dataset.shape, recipe)
+    converted = _converted(run, recipe, model)
     path = Path(folder or run.path / "artifacts") / f"{run.experiment.model}-{run.key[:8]}-{slug(recipe)}.onnx"
     try:
         write_bytes(path, converted.SerializeToString(deterministic=True))
         session = measure.open_session(path.read_bytes())
         before, after = (sum(p.numel() for p in m.parameters()) for m in (run.model, model))
-        measured = {
-            **_sizes(path),
-            **_behaviour(session, dataset.validation),
-            "sparsity": measure.sparsity(converted),
-            "parameters": after,
-            "flops": flops(model, dataset.shape),
-            "note": _note(recipe, before, after, converted),
-        }
         card = {
             **_origin(run, recipe),
             "parameters_before": before,
             "digest": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "measured": measured,
+            "measured": {
+                **_sizes(path),
+                **_behaviour(session, run.dataset.validation),
+                "sparsity": measure.sparsity(converted),
+                "parameters": after,
+                "flops": flops(model, run.dataset.shape),
+                "note": _note(recipe, before, after, converted),
+            },
             **when_and_where(),
         }
         _write_card(path, card)
@@ -137,6 +131,15 @@ def slug(recipe: Recipe) -> str:
     """A recipe as a part of a file's name, e.g. "channel-0.5-int8-static"."""
     pruning = [recipe.prune, f"{recipe.prune_ratio}"] if recipe.prune_ratio else []
     return "-".join([*pruning, recipe.dtype, *([recipe.quantization] if recipe.dtype == "int8" else [])])
+
+
+def _converted(run: Run, recipe: Recipe, model: nn.Module) -> Any:
+    """Export a pruned model and convert it, for static int8 with the ranges that all clients measured."""
+    dataset, ranges = run.dataset, None
+    graph = export(model, dataset.preprocess, dataset.validation.x[:SAMPLES])
+    if (recipe.dtype, recipe.quantization) == ("int8", "static"):
+        ranges = convert.calibrate(graph, [dataset.train.x[shard] for shard in run.shards])
+    return convert.convert(graph, recipe.dtype, ranges)
 
 
 def _artifact(path: Path, card: dict[str, Any], session: Any) -> Artifact:
