@@ -60,10 +60,10 @@ def comparison(one: AnyRun, other: AnyRun, names: tuple[str, str]) -> str:
     figures = zip(("Accuracy", "", "Rounds", "Uplink", "Downlink", "Time", "Worst client", "Measured"),
                   _figures(one), _figures(other), strict=True)  # fmt: skip
     rows = [*(differ or [["Settings", "the same", "the same"]]), *map(list, figures)]
-    return html_table("Settings that differ, and what was measured", ("", *names), rows)
+    return html_table("Settings that differ, and what was measured", ("", *names), rows, "fedlab-compared")
 
 
-def html_table(caption: str, heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(caption: str, heads: Iterable[str], rows: Iterable[Sequence[str]], look: str = "") -> str:
     """Return a table whose first column names its rows."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
     lines = "".join(
@@ -71,7 +71,7 @@ def html_table(caption: str, heads: Iterable[str], rows: Iterable[Sequence[str]]
         for row in rows
     )
     return (
-        f'<div class="fedlab-wide"><table class="fedlab-points"><caption>{escape(caption)}</caption>'
+        f'<div class="fedlab-wide"><table class="fedlab-points {look}"><caption>{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 
@@ -86,7 +86,7 @@ def _figures(run: AnyRun) -> list[str]:
         human_bytes(run.downlink_bytes),
         f"{three(run.measured['seconds'])} s",
         _worst(run),
-        origin(run.from_store, run.measured),
+        origin(run.from_store, run.measured).removeprefix("measured "),
     ]
 
 

@@ -126,8 +126,9 @@ def _label_ends(axes: Axes, curves: Sequence[Curve], bold: str | None = None) ->
     """Write each label right of the axes at the height where its curve ends, moved apart where they would touch."""
     ends = sorted([(100 * curve[-1].accuracy, text) for text, curve in curves if curve])
     for height, (value, text) in zip(_apart([end[0] for end in ends], gap=6.0), ends, strict=True):
+        room = 20 if text == bold else 24  # characters
         axes.annotate(
-            shorten(f"{percent(value / 100)} {text}", 24, placeholder="..."),
+            shorten(f"{percent(value / 100)} {text}", room, placeholder="..."),
             (1.01, height),
             xycoords=("axes fraction", "data"),
             annotation_clip=False,

@@ -57,10 +57,13 @@ class Follower:
                 self._compressor.watch(PAUSE)
 
     def _draw_in(self) -> float:
-        """Show the present state; returns the seconds to pause, so that a slow machine spends its time on training."""
+        """Show the present state; returns the seconds to pause, so that a slow machine spends its time on training.
+
+        The first point of a run is not kept waiting.
+        """
         began = perf_counter()
         try:
             self.draw()
         except Exception as error:  # what cannot be drawn must not end the watch: the buttons depend on it
             self._compressor.refuse(f"Not drawn: {type(error).__name__}: {error}")
-        return max(PAUSE, 4 * (perf_counter() - began))
+        return max(PAUSE, 4 * (perf_counter() - began)) if self._session.records else PAUSE

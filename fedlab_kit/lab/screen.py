@@ -40,6 +40,7 @@ STYLE = """<style>
 .fedlab-points caption { text-align: left; }
 .fedlab-points th, .fedlab-points td { text-align: left; padding: 2px 10px 2px 0; font-weight: 400; }
 .fedlab-points td { white-space: nowrap; }
+.fedlab-points.fedlab-compared td { white-space: normal; }
 .fedlab-points thead th { color: var(--jp-ui-font-color2, #767676); }
 .fedlab-points .fedlab-current * { font-weight: 600; }
 </style>"""

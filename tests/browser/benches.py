@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class BenchPage(LabPage):
 
     @property
     def scatter(self) -> Locator:
-        return self.output.get_by_role("img").last
+        return self.output.get_by_role("img", name=re.compile("^Accuracy against"))
 
     def quiet(self) -> None:
         """Leave nothing under way behind."""

@@ -111,6 +111,18 @@ def test_an_answer_from_the_store_offers_a_new_seed(bench):
     expect(bench.output.get_by_role("spinbutton", name="Seed")).to_have_value("8")
 
 
+def test_a_value_typed_just_before_a_press_counts(bench):
+    """The first message of a field and a later one of a button reach the kernel in two threads."""
+    bench.press("Show training")
+    bench.type_into("Rounds", "1")
+    bench.press("Run")
+    expect(bench.train_status).to_have_text(re.compile("^Finished"), timeout=20_000)
+    bench.type_into("Learning rate", "0.2")
+    bench.press("Run")
+    expect(bench.curve).to_have_accessible_name(re.compile("round 1 of 1 .*; 1 earlier run behind it"), timeout=20_000)
+    expect(bench.output.get_by_text("Changed since")).to_have_count(0)
+
+
 def test_the_keyboard_reaches_every_control_and_the_accessibility_tree_names_it(bench):
     bench.output.get_by_role("combobox", name="Model").focus()
     reached = []
