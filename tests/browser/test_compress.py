@@ -87,6 +87,22 @@ def test_the_axis_is_switched_and_a_point_is_named_hidden_and_brought_back(bench
     expect(bench.scatter).to_have_accessible_name(re.compile(": 1 point, "))
 
 
+def test_runs_are_compared_and_the_point_is_exported(bench):
+    bench.type_into("Temperature", "1")
+    bench.press("Run")
+    bench.press("Show all runs, and compare two")
+    for name, text in (("Run", "temperature 1.0"), ("compare with", "cnn:")):
+        field = bench.output.get_by_role("combobox", name=name, exact=True)
+        expect(field).to_contain_text("temperature 1.0", timeout=60_000)
+        labels = [label for label in field.locator("option").all_inner_texts() if text in label.replace("\xa0", " ")]
+        field.select_option(label=labels[-1])
+    expect(bench.output.get_by_role("rowheader", name="Worst client")).to_be_visible()
+    expect(bench.output.get_by_role("rowheader", name="Temperature", exact=True)).to_be_visible()
+    bench.press("Export")
+    expect(bench.compress_status).to_have_text(re.compile("^Exported to .*my-model: open report.html"), timeout=20_000)
+    assert (bench.lab.notebooks / "my-model" / "report.html").exists()
+
+
 def test_every_control_has_a_name(bench):
     for group in (
         "compression of the trained model", "the wire", "compression while training", "data and clients", "privacy",
