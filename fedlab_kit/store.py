@@ -79,6 +79,11 @@ class RunFolder:
         """Return what `describe` wrote."""
         return json.loads((self.path / "experiment.json").read_text())
 
+    def measured(self) -> dict[str, Any]:
+        """Return when, on which machine, with which torch and in how many seconds the records were made."""
+        about = self.about()
+        return {name: about[name] for name in ("when", "machine", "torch", "seconds")}
+
     def out_of_reach(self, engine: str) -> bool:
         """Whether going on would need what clients kept on another engine, or in a Flower run that is over."""
         if not any(self.clients.folder.glob("*.safetensors")):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedlab_kit.deployment.artifact import compress
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.runs import Run, find
+from fedlab_kit.run import Run
+from fedlab_kit.runs import find
 from fedlab_kit.training import train_all
 
 if TYPE_CHECKING:

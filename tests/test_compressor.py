@@ -10,10 +10,11 @@ from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab import compressor as module
 from fedlab_kit.lab.compressor import NO_RUN, Compressor
-from fedlab_kit.lab.history import History, StoredRun
+from fedlab_kit.lab.history import History
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.points import Points, said, table, words
-from fedlab_kit.runs import Run, runs_folder, train
+from fedlab_kit.run import Run, StoredRun
+from fedlab_kit.runs import runs_folder, train
 from fedlab_kit.sweep import MEASURED
 
 TINY = Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2, rounds=1)
@@ -123,10 +124,11 @@ FIGURES = {**dict.fromkeys(MEASURED, 0.5), "bytes": 1000, "zstd_bytes": 1000, "i
 CARD = {"measured": FIGURES, "when": "2026-11-22T15:46:10+00:00", "machine": "Linux x86_64, 2 cores"}
 
 
-def stored(key: str = "abc") -> StoredRun:
+def stored() -> StoredRun:
     """A run on paper."""
     record = RoundRecord(1, 0.5, 0.4, 0.6, 1.0, 1000, 1000, 0.5, (0,), (0,), (5,), (10,))
-    return StoredRun(key, Experiment(rounds=1), (record,), {"seconds": 0.5, "when": "2026", "machine": ""})
+    measured = {"seconds": 0.5, "when": "2026", "machine": ""}
+    return StoredRun(Experiment(rounds=1), Path("abc"), (record,), measured, from_store=True)
 
 
 def two_points(folder: Path) -> Points:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -118,6 +119,12 @@ def test_the_report_needs_nothing_beside_it_and_reads_without_its_pictures(folde
     assert "2 points, " in page.alts[1] and "the current one has" in page.alts[1]
     assert "prefers-color-scheme: dark" in text and "url(" not in text and "@import" not in text
     assert f"({artifact.bytes:,} bytes)" in text and artifact.digest in text and "alpha" in text
+
+
+def test_clients_that_are_no_sites_are_numbered_in_the_report(tmp_path):
+    run = fk.train(fk.Experiment(dataset="blobs_at_sites", model="mlp", clients=5, clients_per_round=5, rounds=1))
+    folder = export(tmp_path / "mixed", fk.compress(run, fk.Recipe()), run, [])
+    assert re.search("Accuracy of each of 5 clients: .* worst client [0-4] with", (folder / "report.html").read_text())
 
 
 def test_an_export_again_replaces_its_own_and_nothing_else(folder, artifact, run, points, tmp_path):

@@ -173,7 +173,7 @@ def test_the_worst_client_is_not_looked_for_where_that_takes_long(runs_folder, m
     monkeypatch.setattr(compare, "MOST", 3)
     assert rows(compare.comparison(run, run, ("a", "b")))["Worst client"][0].startswith("not looked for among more")
     monkeypatch.undo()
-    monkeypatch.setattr(compare, "client_accuracy", lambda *_: (_ for _ in ()).throw(OSError("no such file")))
+    monkeypatch.setattr(compare, "client_names", lambda *_: (_ for _ in ()).throw(OSError("no such file")))
     assert rows(compare.comparison(run, run, ("a", "b")))["Worst client"][0] == "unknown: the data are not at hand"
 
 

@@ -19,7 +19,7 @@ from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import StoreError, write_bytes
 from fedlab_kit.models import flops
-from fedlab_kit.runs import Run
+from fedlab_kit.run import Run
 from fedlab_kit.store import when_and_where
 
 LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time

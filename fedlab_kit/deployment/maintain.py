@@ -12,7 +12,8 @@ from fedlab_kit.deployment.artifact import Artifact, compress
 from fedlab_kit.deployment.evaluate import EVERYONE, compare
 from fedlab_kit.deployment.registry import Registry, Version
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.runs import Run, train
+from fedlab_kit.run import Run
+from fedlab_kit.runs import train
 
 LEVEL = 0.05
 SMALLEST = 1e-6  # probability: one patient who was given less does not decide alone

@@ -20,7 +20,7 @@ from fedlab_kit.lab.follow import Follower
 from fedlab_kit.lab.points import Row
 from fedlab_kit.lab.screen import Screen
 from fedlab_kit.lab.view import View
-from fedlab_kit.runs import Run
+from fedlab_kit.run import Run
 from fedlab_kit.settings import Settings
 
 TEXT = "fk.Bench: run this notebook to see and use the workbench."

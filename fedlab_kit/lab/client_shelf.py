@@ -8,16 +8,10 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from fedlab_kit import partition
-from fedlab_kit.data import load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.lab import clients
-from fedlab_kit.lab.canvas import to_html
+from fedlab_kit.lab.client_pictures import MOST, accuracy_of_each, labels_held
 from fedlab_kit.lab.controls import folded, is_open
-from fedlab_kit.runs import client_accuracy
-
-MOST = 100  # clients who can be told apart in a picture
 
 
 class ClientShelf:
@@ -36,12 +30,12 @@ class ClientShelf:
         dealt = (asked.dataset, asked.partition, asked.clients, asked.alpha, asked.seed, at_hand)
         if self._dealt != dealt:
             self._dealt = dealt
-            self.labels.value = _drawn(asked, _labels) if at_hand else _note("Press Run to load the data set.")
+            self.labels.value = _drawn(asked, labels_held) if at_hand else _note("Press Run to load the data set.")
         if self._fared != (stage, len(records)):
             self._fared = (stage, len(records))
             self.accuracy.value = _note("No round yet.")
             if stage is not None and records:
-                self.accuracy.value = _drawn(stage, lambda e: _fares(e, records[-1]))
+                self.accuracy.value = _drawn(stage, lambda e: accuracy_of_each(e, records[-1]))
 
 
 def _drawn(e: Experiment, draw: Callable[[Experiment], str]) -> str:
@@ -51,19 +45,6 @@ def _drawn(e: Experiment, draw: Callable[[Experiment], str]) -> str:
         return draw(e)
     except (ValueError, OSError) as error:
         return _note(str(error))
-
-
-def _labels(e: Experiment) -> str:
-    dataset = load(e.dataset)
-    shards = partition.partition(dataset, e.partition, e.clients, e.alpha, e.seed)
-    counts = partition.label_counts(dataset.train.y, shards, len(dataset.classes)).tolist()
-    return to_html(clients.label_counts(counts, dataset.classes), clients.describe_labels(counts, dataset.classes))
-
-
-def _fares(e: Experiment, record: RoundRecord) -> str:
-    names = load(e.dataset).sites if e.partition == "site" else ()
-    mean, low, high = (values.tolist() for values in client_accuracy(e, record))
-    return to_html(clients.client_accuracy(mean, low, high, names), clients.describe_clients(mean, names))
 
 
 def _note(text: str) -> str:

@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from fedlab_kit.data import load
+from fedlab_kit.clients import client_names
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import human_bytes, percent, three
-from fedlab_kit.lab.history import StoredRun, moment, origin
+from fedlab_kit.lab.history import moment, origin
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.wording import difference
-from fedlab_kit.runs import Run, client_accuracy
+from fedlab_kit.run import StoredRun
 from fedlab_kit.settings import Settings
 
-AnyRun = Run | StoredRun
 MOST = 10_000  # clients among whom the worst is looked for: dealing out the samples takes seconds beyond
 
 
-def run_words(run: AnyRun, marks: Marks) -> str:
+def run_words(run: StoredRun, marks: Marks) -> str:
     """Say which run it is: its name, else what sets it apart from the default settings."""
     return marks[run.key].name or difference(run.experiment, Experiment()) or "default settings"
 
 
-def run_option(run: AnyRun, marks: Marks) -> str:
+def run_option(run: StoredRun, marks: Marks) -> str:
     """Return a run as one line of a list to choose from."""
     hidden = " (hidden)" if marks[run.key].hidden else ""
     return f"{run_words(run, marks)}: {percent(run.accuracy)}, {moment(run.measured)}{hidden}"
 
 
-def runs_table(runs: Sequence[AnyRun], marks: Marks, most: int = 6) -> str:
+def runs_table(runs: Sequence[StoredRun], marks: Marks, most: int = 6) -> str:
     """Return the last runs, newest first, as an HTML table."""
     if not runs:
         return "<p>No run yet.</p>"
@@ -49,7 +48,7 @@ def runs_table(runs: Sequence[AnyRun], marks: Marks, most: int = 6) -> str:
     return html_table(f"The last {len(rows)} of {len(runs)} runs{hidden}", heads, rows)
 
 
-def comparison(one: AnyRun, other: AnyRun, names: tuple[str, str]) -> str:
+def comparison(one: StoredRun, other: StoredRun, names: tuple[str, str]) -> str:
     """Return two runs side by side as an HTML table: the settings that differ, then what was measured."""
     fields = Experiment.model_fields
     differ = [
@@ -76,7 +75,7 @@ def html_table(caption: str, heads: Iterable[str], rows: Iterable[Sequence[str]]
     )
 
 
-def _figures(run: AnyRun) -> list[str]:
+def _figures(run: StoredRun) -> list[str]:
     low, high = run.interval
     return [
         percent(run.accuracy),
@@ -90,13 +89,12 @@ def _figures(run: AnyRun) -> list[str]:
     ]
 
 
-def _worst(run: AnyRun) -> str:
+def _worst(run: StoredRun) -> str:
     experiment = run.experiment
     if experiment.clients > MOST:
         return f"not looked for among more than {MOST:,} clients"
     try:
-        accuracy, low, high = client_accuracy(experiment, run.records[-1])
-        names = load(experiment.dataset).sites if experiment.partition == "site" else ()
+        (accuracy, low, high), names = run.client_accuracy(), client_names(experiment)
     except (ValueError, OSError):
         return "unknown: the data are not at hand"
     worst = int(accuracy.argmin())

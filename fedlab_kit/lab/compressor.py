@@ -17,7 +17,7 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.server import start
 from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.points import Point, Points, said
-from fedlab_kit.runs import Run
+from fedlab_kit.run import Run
 
 DELAY = 0.08  # seconds that a recipe must stand before it is measured, so that a drag ends in one point
 PARTS = ("onnx", "onnxscript", "onnxruntime.quantization", "torch._dynamo", "torch_pruning", "matplotlib.figure")
@@ -181,7 +181,7 @@ class Compressor:
         self._give_way()
         with tempfile.TemporaryDirectory() as folder, suppress(ValueError):  # what is wrong is said when it matters
             alone = experiment.replace(teacher=None, start=None, start_recipe=None)
-            untrained = Run(alone, Path(folder), (), start(alone).weights, "stopped", {})
+            untrained = Run(alone, Path(folder), (), {}, False, start(alone).weights)
             compress(untrained, Recipe(dtype="int8"))
         self._say(self._outcome())
 

@@ -16,7 +16,8 @@ from fedlab_kit.lab.history import History
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.points import Point, Points
 from fedlab_kit.lab.session import Session
-from fedlab_kit.runs import Run, find, runs_folder
+from fedlab_kit.run import Run
+from fedlab_kit.runs import find, runs_folder
 
 
 class Desk:

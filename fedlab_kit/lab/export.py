@@ -17,7 +17,7 @@ from fedlab_kit.deployment.artifact import Artifact, load
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.report import report
-from fedlab_kit.runs import Run
+from fedlab_kit.run import Run
 from fedlab_kit.wire import make
 
 CODE, POINTS, REPORT = "reproduce.py", "points.csv", "report.html"

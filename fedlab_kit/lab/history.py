@@ -4,52 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.run import StoredRun
 from fedlab_kit.store import RunFolder
-
-
-@dataclass(frozen=True, eq=False)
-class StoredRun:
-    """A run of the store as curves and tables need it; its attributes mean what those of `fk.Run` mean."""
-
-    key: str
-    experiment: Experiment
-    records: tuple[RoundRecord, ...]
-    measured: dict[str, Any] = field(repr=False)
-    from_store: bool = True
-
-    @property
-    def status(self) -> str:
-        """ "finished", "stopped" or "diverged"."""
-        if self.records[-1].diverged:
-            return "diverged"
-        return "finished" if len(self.records) >= self.experiment.rounds else "stopped"
-
-    @property
-    def accuracy(self) -> float:
-        """Validation accuracy after the last round, 0..1."""
-        return self.records[-1].accuracy
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of `accuracy`."""
-        return self.records[-1].low, self.records[-1].high
-
-    @cached_property
-    def uplink_bytes(self) -> int:
-        """Bytes that all clients sent in all rounds."""
-        return sum(record.uplink_bytes for record in self.records)
-
-    @cached_property
-    def downlink_bytes(self) -> int:
-        """Bytes that the server sent to all clients in all rounds."""
-        return sum(record.downlink_bytes for record in self.records)
 
 
 class History:
@@ -93,9 +53,8 @@ def moment(about: Mapping[str, Any]) -> str:
 
 def _run(path: Path) -> StoredRun:
     folder = RunFolder(path)
-    about = folder.about()
-    measured = {name: about[name] for name in ("when", "machine", "torch", "seconds")}
-    return StoredRun(path.name, Experiment(**about["experiment"]), tuple(folder.records()), measured)
+    experiment = Experiment(**folder.about()["experiment"])
+    return StoredRun(experiment, path, tuple(folder.records()), folder.measured(), from_store=True)
 
 
 def _cards(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedlab_kit.clients import client_mix
 from fedlab_kit.data import Split
 from fedlab_kit.deployment import measure
 from fedlab_kit.deployment.artifact import LEVEL, Artifact, compress, load
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.task import strata, task
 from fedlab_kit.lab.canvas import percent
-from fedlab_kit.partition import label_counts
 from fedlab_kit.runs import train
 from fedlab_kit.statistics import wilson
 
@@ -105,8 +105,7 @@ def worst_client(room: Experiment, right: np.ndarray) -> float:
     seen = strata(room, job.dataset.test).numpy()
     total = np.bincount(seen, minlength=1 + int(strata(room, job.dataset.train).max()))
     rate = np.bincount(seen, weights=right, minlength=len(total)) / np.maximum(total, 1)
-    mix = label_counts(strata(room, job.dataset.train), job.shards, len(total)).numpy()
-    return float((mix / mix.sum(1, keepdims=True) @ rate).min())
+    return float((client_mix(room, len(total)) @ rate).min())
 
 
 def _false_claim(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 from fedlab_kit.deployment.artifact import Artifact, slug
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.lab.canvas import human_bytes, human_ms, percent
-from fedlab_kit.lab.history import History, StoredRun, age, moment, origin
+from fedlab_kit.lab.history import History, age, moment, origin
 from fedlab_kit.lab.marks import Mark, Marks
-from fedlab_kit.runs import Run
+from fedlab_kit.run import Run, StoredRun
 from fedlab_kit.sweep import MEASURED
 
 Row = dict[str, Any]
@@ -27,7 +27,7 @@ class Point:
     """
 
     number: int
-    run: Run | StoredRun
+    run: StoredRun
     recipe: Recipe
     path: Path
     card: dict[str, Any]

@@ -9,13 +9,10 @@ from typing import Any
 
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.federation.task import task
 from fedlab_kit.lab import plots
 from fedlab_kit.lab.canvas import human_bytes, human_ms, percent
-from fedlab_kit.partition import label_counts
-from fedlab_kit.runs import Run
-
-DRAWN = 100  # clients; of more, one could not tell one from the other
+from fedlab_kit.lab.client_pictures import MOST, accuracy_of_each, labels_held
+from fedlab_kit.run import Run
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -37,7 +34,7 @@ def report(artifact: Artifact, run: Run, points: Sequence[Mapping[str, Any]], co
         ("Measured on the file", _table(measured(artifact, run))),
         ("Accuracy per round", _curve(run)),
         ("Accuracy against size", _scatter(artifact, points)),
-        *([("Clients", _clients(run))] if run.experiment.clients <= DRAWN else []),
+        *([("Clients", _clients(run))] if run.experiment.clients <= MOST else []),
         ("Settings", _settings(run, artifact)),
         ("Make it again", f"<pre>{escape(code)}</pre>"),
     ]
@@ -89,22 +86,7 @@ def _scatter(artifact: Artifact, points: Sequence[Mapping[str, Any]]) -> str:
 
 def _clients(run: Run) -> str:
     """Draw who held which labels, and how the final model fares for each client."""
-    data, shards = run.dataset, task(run.experiment).shards
-    held = label_counts(data.train.y, shards, len(data.classes))
-    accuracy, low, high = run.client_accuracy()
-    worst = int(accuracy.argmin())
-    name = data.sites[worst] if data.sites else f"client {worst}"
-    about_labels = f"Samples of each of {len(data.classes)} labels that each of {len(shards)} clients held."
-    about_clients = (
-        f"Accuracy on validation of the trained model for each of {len(accuracy)} clients: {percent(accuracy.mean())} "
-        f"on average, {percent(accuracy[worst])} for {name}, the worst."
-    )
-    drawn = plots.client_accuracy(accuracy.tolist(), low.tolist(), high.tolist(), data.sites)
-    return (
-        plots.to_html(plots.label_counts(held.tolist(), data.classes), about_labels)
-        + "\n"
-        + plots.to_html(drawn, about_clients)
-    )
+    return f"{labels_held(run.experiment)}\n{accuracy_of_each(run.experiment, run.records[-1])}"
 
 
 def _settings(run: Run, artifact: Artifact) -> str:

@@ -9,12 +9,13 @@ import ipywidgets as widgets
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import to_html
-from fedlab_kit.lab.compare import AnyRun, comparison, run_option, run_words, runs_table
+from fedlab_kit.lab.compare import comparison, run_option, run_words, runs_table
 from fedlab_kit.lab.controls import folded, is_open
 from fedlab_kit.lab.curve import accuracy_curve, describe_curve
 from fedlab_kit.lab.desk import Desk
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.shelf import SHORT, WRAP, Choice, button
+from fedlab_kit.run import StoredRun
 
 
 class RunShelf:
@@ -68,7 +69,7 @@ class RunShelf:
         self._compare({run.key: run for run in runs}, marks)
         self._shown = (*now[:2], self.run.value, self.other.value)
 
-    def _compare(self, runs: dict[str, AnyRun], marks: Marks) -> None:
+    def _compare(self, runs: dict[str, StoredRun], marks: Marks) -> None:
         one, other = runs.get(self.run.value), runs.get(self.other.value)
         if one is None or other is None or one is other:
             self.comparison.value = self.curve.value = ""

@@ -12,10 +12,10 @@ from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.canvas import percent
 from fedlab_kit.lab.curve import Curve
-from fedlab_kit.lab.history import StoredRun
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.wording import difference, outcome, role
-from fedlab_kit.runs import Run, find, train
+from fedlab_kit.run import Run, StoredRun
+from fedlab_kit.runs import find, train
 
 
 class Session:
@@ -54,7 +54,7 @@ class Session:
         return " ".join(filter(None, (self._said, self._unstored, self._aside)))
 
     @property
-    def known(self) -> list[Run | StoredRun]:
+    def known(self) -> Sequence[StoredRun]:
         """The runs of earlier benches that were not asked for here, then those of this one, oldest first."""
         with self._lock:
             here = list(self.runs)

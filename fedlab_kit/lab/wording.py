@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import percent
 from fedlab_kit.lab.history import origin
-from fedlab_kit.runs import Run
+from fedlab_kit.run import Run
 from fedlab_kit.settings import Settings
 
 

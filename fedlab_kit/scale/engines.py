@@ -10,6 +10,7 @@ from threading import Event
 from fedlab_kit import runs
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.run import Run
 
 ENGINES = ("process", "flower")
 
@@ -20,7 +21,7 @@ def train(
     progress: Callable[[RoundRecord], None] | None = None,
     store: Path | None = None,
     engine: str = "process",
-) -> runs.Run:
+) -> Run:
     """Run an experiment, or answer it from the store, or go on where it stopped.
 
     `progress` is called with every record, stored ones at once. Setting `stop` ends the run before its next batch;

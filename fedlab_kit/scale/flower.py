@@ -22,7 +22,8 @@ from flwr.simulation import run_simulation
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.runs import Run, train
+from fedlab_kit.run import Run
+from fedlab_kit.runs import train
 from fedlab_kit.scale.client import client
 from fedlab_kit.scale.exchange import GridExchange
 from fedlab_kit.scale.settings import line, modules_of, read

@@ -24,7 +24,8 @@ import psutil
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.files import ROOT
-from fedlab_kit.runs import Run, find, path_of, runs_folder
+from fedlab_kit.run import Run
+from fedlab_kit.runs import find, path_of, runs_folder
 from fedlab_kit.scale.credentials import write_certificates, write_key
 from fedlab_kit.scale.settings import modules_of, write
 from fedlab_kit.store import RunFolder

@@ -7,7 +7,8 @@ from typing import Any
 from fedlab_kit.deployment.artifact import Artifact, compress
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab.exercises import Hint, exercise
-from fedlab_kit.runs import Run, train
+from fedlab_kit.run import Run
+from fedlab_kit.runs import train
 
 SMALLER, LOSS = 3, 0.03  # at least so many times, at most so much accuracy
 

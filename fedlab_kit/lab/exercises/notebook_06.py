@@ -12,7 +12,8 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.canvas import percent
 from fedlab_kit.lab.exercises import Hint, exercise
-from fedlab_kit.runs import Run, train
+from fedlab_kit.run import Run
+from fedlab_kit.runs import train
 
 SMALL, ABOVE = 6_000, 0.85  # bytes of the download in 06-1; validation accuracy in 06-1 and 06-2
 CHEAP = 60_000  # bytes of a round in 06-2, both directions, all clients

@@ -1,0 +1,143 @@
+"""What came out of one experiment: its records in figures, and its final model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedlab_kit.clients import client_accuracy
+from fedlab_kit.data import Dataset, load
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.task import task
+from fedlab_kit.statistics import wilson
+from fedlab_kit.wire.privacy import epsilon
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StoredRun:
+    """A run as curves and tables need it, which its folder at `path` tells without the model.
+
+    `measured` says when, on which machine, with which torch and in how many seconds the records were made;
+    `from_store` whether that was earlier.
+    """
+
+    experiment: Experiment
+    path: Path
+    records: tuple[RoundRecord, ...]
+    measured: dict[str, Any]
+    from_store: bool
+
+    def __repr__(self) -> str:
+        score = f"{self.accuracy:.1%}" if self.records else "no round"
+        return f"{type(self).__name__}({self.experiment!r}, {self.status} after {len(self.records)} rounds, {score})"
+
+    @property
+    def key(self) -> str:
+        """The hash by which the store finds the run, see `runs.identify`."""
+        return self.path.name
+
+    @property
+    def status(self) -> str:
+        """Return "finished", "stopped" or "diverged"; `note` has the reason of the last."""
+        return status(self.experiment, self.records)
+
+    @property
+    def accuracy(self) -> float:
+        """Validation accuracy after the last round, 0..1. Raises ValueError when no round was finished."""
+        if not self.records:
+            raise ValueError("no round was finished, so there is no accuracy yet: train the experiment again")
+        return self.records[-1].accuracy
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `accuracy`."""
+        return self.records[-1].low, self.records[-1].high
+
+    @property
+    def note(self) -> str:
+        """What the last round had to say, "" normally."""
+        return self.records[-1].note if self.records else ""
+
+    @cached_property
+    def uplink_bytes(self) -> int:
+        """Bytes that all clients sent in all rounds."""
+        return sum(record.uplink_bytes for record in self.records)
+
+    @cached_property
+    def downlink_bytes(self) -> int:
+        """Bytes that the server sent to all clients in all rounds."""
+        return sum(record.downlink_bytes for record in self.records)
+
+    @property
+    def client_bytes(self) -> int:
+        """Bytes on disk of what clients keep between rounds: residuals, control variates, masks, copies."""
+        return sum(file.stat().st_size for file in (self.path / "clients").glob("*.safetensors"))
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data the run was trained on."""
+        return load(self.experiment.dataset)
+
+    @property
+    def shards(self) -> list[Tensor]:
+        """Each client's indices into `dataset.train`."""
+        return task(self.experiment).shards
+
+    def client_accuracy(self, record: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return accuracy, low and high (95 %) per client, each [clients], after one of the rounds."""
+        return client_accuracy(self.experiment, self.records[record])
+
+    def epsilon(self, delta: float = 1e-5) -> float:
+        """Return what privacy was spent at `delta`, by opacus's accountant; infinite when `privacy` is off.
+
+        At client level for every client; at record level for the samples of the client that fared worst.
+        """
+        e = self.experiment
+        if e.privacy == "client":
+            return epsilon(e.noise_multiplier, e.clients_per_round / e.clients, len(self.records), delta)
+        if e.privacy == "off":
+            return float("inf")
+        asked = Counter(client for record in self.records for client in record.answered)
+        spent = [0.0]
+        for client, rounds in asked.items():
+            size = len(self.shards[client])
+            rate, steps = min(1.0, e.batch_size / size), -(-size // e.batch_size) * e.local_epochs * rounds
+            spent.append(epsilon(e.noise_multiplier, rate, steps, delta))
+        return max(spent)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Run(StoredRun):
+    """What came out of one experiment: its records, and its final weights [P]."""
+
+    weights: Tensor
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained model on the CPU, in evaluation mode; it takes preprocessed inputs."""
+        flat = task(self.experiment).model
+        flat.weights.copy_(self.weights)
+        return deepcopy(flat.module).cpu().eval()
+
+    def test(self) -> tuple[float, float, float]:
+        """Return accuracy, low and high (95 %) on the test split, which nothing else opens."""
+        job = task(self.experiment)
+        result = job.evaluate(self.weights, job.dataset.test)
+        hits, total = sum(result.correct), sum(result.total)
+        return hits / total, *wilson(hits, total)
+
+
+def status(experiment: Experiment, records: Sequence[RoundRecord]) -> str:
+    """Say what an experiment's rounds so far make it: "finished", "stopped" or "diverged"."""
+    if records and records[-1].diverged:
+        return "diverged"
+    return "finished" if len(records) >= experiment.rounds else "stopped"
