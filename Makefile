@@ -6,7 +6,7 @@ INPUTS := pyproject.toml constraints.txt tools/setup.sh tools/torch_source.sh
 export OMP_NUM_THREADS := 1
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/:/' | awk -F': *' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 lab: .venv/lab.stamp  ## set up, then open JupyterLab on notebooks/00_start_here.ipynb (PORT=8890, BROWSER=none)
 	@tools/lab.sh
