@@ -35,14 +35,13 @@ def maintain(registry: Registry, run: Run, dataset: str, recipe: Recipe, rounds:
     Better than the version in service, on the validation patients of the newer data: see `better`. Otherwise the new
     version stays in the registry, out of service. Raises ValueError when nothing is in service or the data do not fit.
     """
-    if registry.current is None:
-        raise ValueError("nothing is in service yet: promote a version first")
+    registry.in_service()
     experiment = run.experiment.replace(
         dataset=dataset, start=run.experiment, start_recipe=None, teacher=None, rounds=rounds
     )
     renewed = train(experiment)
     artifact = compress(renewed, recipe)
-    won, why = better(artifact, registry.current.load(), dataset)
+    won, why = better(artifact, registry.in_service().load(), dataset)
     version = registry.add(artifact, f"{rounds} rounds on {dataset}")
     if won:
         registry.promote(version, why)

@@ -73,6 +73,12 @@ class Registry:
         stack = self._stack()
         return self.version(stack[-1]) if stack else None
 
+    def in_service(self) -> Version:
+        """Return the version in service. Raises ValueError when there is none."""
+        if self.current is None:
+            raise ValueError("nothing is in service yet: promote a version first")
+        return self.current
+
     def version(self, number: int) -> Version:
         """Return one version. ValueError lists those that exist."""
         path = self.folder / "versions" / f"{number:04d}"
@@ -127,9 +133,7 @@ class Registry:
 
         The device needs numpy and onnxruntime alone. Raises ValueError when nothing is in service.
         """
-        current, target = self.current, Path(folder)
-        if current is None:
-            raise ValueError("nothing is in service yet: promote a version first")
+        current, target = self.in_service(), Path(folder)
         current.load()
         write_bytes(target / "score.py", Path(score.__file__).read_bytes())
         for name in (MODEL, f"{MODEL}.json"):
