@@ -1,4 +1,4 @@
-"""Controls follow their fields: value, name, slider, error, hint, default."""
+"""Controls follow their fields: value, name, slider, error, hint."""
 
 from threading import Thread
 from typing import Literal
@@ -151,12 +151,6 @@ def test_a_wrong_value_stays_open_to_correction_when_its_field_loses_its_effect(
     made["alpha"].value = -1.0
     made["partition"].value = "iid"
     assert not made["alpha"].field.disabled and "alert" in made["alpha"].note.value
-
-
-def test_reset_goes_back_to_the_default():
-    made = controls(lr=0.5)
-    made["lr"].reset()
-    assert made.settings(Experiment) == Experiment()
 
 
 def test_an_error_of_the_run_is_shown_beside_the_field_it_names():

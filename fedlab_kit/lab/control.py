@@ -46,10 +46,6 @@ class Control:
     def value(self, value: Any) -> None:
         self.field.value = value
 
-    def reset(self) -> None:
-        """Go back to the field's default."""
-        self.value = self.info.default
-
     def show(self, error: str, settings: dict[str, Any]) -> None:
         """Say what is wrong with the value, or what it needs to have an effect."""
         idle = self._idle(settings)
