@@ -89,6 +89,16 @@ def test_a_live_curve_draws_what_the_figure_draws():
     assert len(np.unique(whole[:, x])) > 50
 
 
+def test_a_long_label_goes_on_in_a_second_line_and_the_others_make_room():
+    figure = plots.accuracy_curve(
+        records(0.81),
+        [("alpha 0.5, temperature 4.0", records(0.8))],
+        label="alpha 5.0, and more than two lines hold",
+    )
+    assert texts(figure) == ["80.0 % alpha 0.5,\ntemperature 4.0", "81.0 % alpha 5.0,\nand more than two..."]
+    assert [text.xy[1] for text in figure.axes[0].texts] == [80, 92]
+
+
 @given(st.lists(st.floats(0, 100), max_size=8))
 def test_labels_do_not_touch_and_stay_below_the_top(heights):
     placed = curve._apart(sorted(heights), gap=6)

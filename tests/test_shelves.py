@@ -145,6 +145,16 @@ def test_settings_that_have_no_control_are_taken_up_too():
     assert bench.experiment == student and not bench.controls["temperature"].field.disabled
 
 
+def test_two_runs_are_told_apart_by_their_names_or_by_what_differs(runs_folder):
+    train(TINY)
+    train(OTHER)
+    (one, other), marks = History(runs_folder).runs, Marks(runs_folder)
+    assert compare.told_apart(one, other, marks) == "model mlp, alpha 0.5"
+    assert compare.told_apart(other, one, marks) == "model logistic, alpha 5.0"
+    marks.name(one.key, "first")
+    assert compare.told_apart(one, other, marks) == "first"
+
+
 def test_the_table_of_runs_shows_the_last_and_counts_all(runs_folder):
     for alpha in (0.1, 0.5, 1.0, 2.0):
         train(TINY.replace(alpha=alpha))

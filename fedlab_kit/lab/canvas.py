@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable, Sequence
 from html import escape
 from io import BytesIO
 from typing import TYPE_CHECKING
@@ -89,3 +90,19 @@ def img(png: bytes, alt: str, inches: float) -> str:
     """Return the tag for a PNG that is shown `inches` wide, or as wide as there is room."""
     look = f'width="{inches * PIXELS_PER_INCH:.0f}" style="max-width: 100%; height: auto"'
     return f'<img alt="{escape(alt)}" {look} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def html_table(
+    caption: str, heads: Iterable[str], rows: Iterable[Sequence[str]], look: str = "", current: int | None = None
+) -> str:
+    """Return a table whose first column names its rows; the row at the index `current` is marked as that."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    lines = ""
+    for index, (name, *cells) in enumerate(rows):
+        mark = ' class="fedlab-current" aria-current="true"' if index == current else ""
+        data = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines += f'<tr{mark}><th scope="row">{escape(name)}</th>{data}</tr>'
+    return (
+        f'<div class="fedlab-wide"><table class="fedlab-points {look}"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
+    )

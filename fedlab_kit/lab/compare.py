@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 
 from fedlab_kit.clients import client_names
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.lab.canvas import human_bytes, percent, three
+from fedlab_kit.lab.canvas import html_table, human_bytes, percent, three
 from fedlab_kit.lab.history import moment, origin
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.wording import difference
@@ -20,6 +19,11 @@ MOST = 10_000  # clients among whom the worst is looked for: dealing out the sam
 def run_words(run: StoredRun, marks: Marks) -> str:
     """Say which run it is: its name, else what sets it apart from the default settings."""
     return marks[run.key].name or difference(run.experiment, Experiment()) or "default settings"
+
+
+def told_apart(run: StoredRun, other: StoredRun, marks: Marks) -> str:
+    """Say which of two runs it is, in few words: its name, else what sets it apart from the other."""
+    return marks[run.key].name or difference(run.experiment, other.experiment) or run_words(run, marks)
 
 
 def run_option(run: StoredRun, marks: Marks) -> str:
@@ -60,19 +64,6 @@ def comparison(one: StoredRun, other: StoredRun, names: tuple[str, str]) -> str:
                   _figures(one), _figures(other), strict=True)  # fmt: skip
     rows = [*(differ or [["Settings", "the same", "the same"]]), *map(list, figures)]
     return html_table("Settings that differ, and what was measured", ("", *names), rows, "fedlab-compared")
-
-
-def html_table(caption: str, heads: Iterable[str], rows: Iterable[Sequence[str]], look: str = "") -> str:
-    """Return a table whose first column names its rows."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    lines = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    return (
-        f'<div class="fedlab-wide"><table class="fedlab-points {look}"><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
-    )
 
 
 def _figures(run: StoredRun) -> list[str]:

@@ -17,6 +17,7 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.server import start
 from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.points import Point, Points, said
+from fedlab_kit.lab.wording import complaint
 from fedlab_kit.run import Run
 
 DELAY = 0.08  # seconds that a recipe must stand before it is measured, so that a drag ends in one point
@@ -109,8 +110,7 @@ class Compressor:
             job(*arguments)
         except Exception as error:
             # Whatever it was, the person at the screen must see it: a thread's traceback goes nowhere in a notebook.
-            expected = isinstance(error, ValueError | OSError)
-            self.error = str(error) if expected else f"{type(error).__name__}: {error}"
+            self.error = complaint(error)
             self._say(f"Error: {self.error}")
             self._failed(self.error)
         finally:

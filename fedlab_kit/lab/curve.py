@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
-from textwrap import shorten
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedlab_kit.lab.canvas import BLUE, GREY, PIXELS_PER_INCH, canvas, img, percent, whole_numbers
@@ -125,10 +125,14 @@ def _percent(records: Sequence[Measured]) -> tuple[list[int], list[float]]:
 def _label_ends(axes: Axes, curves: Sequence[Curve], bold: str | None = None) -> None:
     """Write each label right of the axes at the height where its curve ends, moved apart where they would touch."""
     ends = sorted([(100 * curve[-1].accuracy, text) for text, curve in curves if curve])
-    for height, (value, text) in zip(_apart([end[0] for end in ends], gap=6.0), ends, strict=True):
-        room = 20 if text == bold else 24  # characters
+    labels = [
+        wrap(f"{percent(value / 100)} {text}", 20 if text == bold else 24, max_lines=2, placeholder="...")
+        for value, text in ends
+    ]
+    gap = 6.0 * max(map(len, labels), default=1)
+    for height, (_, text), lines in zip(_apart([end[0] for end in ends], gap), ends, labels, strict=True):
         axes.annotate(
-            shorten(f"{percent(value / 100)} {text}", room, placeholder="..."),
+            "\n".join(lines),
             (1.01, height),
             xycoords=("axes fraction", "data"),
             annotation_clip=False,

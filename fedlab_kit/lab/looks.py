@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from fedlab_kit.lab.canvas import BLUE, GREY, STYLES, VERMILLION, canvas, percent
+from fedlab_kit.lab.canvas import BLUE, GREY, STYLES, VERMILLION, canvas, html_table, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,11 +60,6 @@ def describe_power(sizes: Sequence[float], caught: Mapping[str, Sequence[float]]
 
 def alarm_table(alarms: Sequence[Alarm]) -> str:
     """Return the alarms as an HTML table, oldest first."""
-    rows = "".join(
-        f"<tr><td>{a.patient}</td><td>{escape(a.kind)}</td><td>{a.value:.2f}</td><td>{a.limit:.2f}</td>"
-        f"<td>{escape(a.what)}</td></tr>"
-        for a in alarms
-    )
-    heads = "".join(f'<th scope="col">{head}</th>' for head in ("patient", "kind", "value", "limit", "what"))
-    caption = f"<caption>{len(alarms)} alarm{'' if len(alarms) == 1 else 's'}</caption>"
-    return f'<table class="fedlab-points">{caption}<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+    heads = ("patient", "kind", "value", "limit", "what")
+    rows = [(str(a.patient), a.kind, f"{a.value:.2f}", f"{a.limit:.2f}", a.what) for a in alarms]
+    return html_table(f"{len(alarms)} alarm{'' if len(alarms) == 1 else 's'}", heads, rows)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from fedlab_kit.deployment.artifact import Artifact, slug
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.lab.canvas import human_bytes, human_ms, percent
+from fedlab_kit.lab.canvas import html_table, human_bytes, human_ms, percent
 from fedlab_kit.lab.history import History, age, moment, origin
 from fedlab_kit.lab.marks import Mark, Marks
 from fedlab_kit.run import Run, StoredRun
@@ -152,23 +151,20 @@ def table(rows: Sequence[Row], current: int | None, most: int = 6) -> str:
     """Return the last points, newest first, as an HTML table; the current one is bold."""
     if not rows:
         return ""
-    heads = ("Point", "Accuracy", "File", "zstd", "Latency", "Measured")
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    lines = "".join(_line(row, row["point"] == current) for row in reversed(rows[-most:]))
-    where = ", ".join(sorted({row["machine"] for row in rows[-most:]}))
+    last = rows[: -most - 1 : -1]
+    where = ", ".join(sorted({row["machine"] for row in last}))
     some = f"The last {most} of {len(rows)} points" if len(rows) > most else "All points"
-    caption = f"<caption>{some}, measured on {escape(where)}</caption>"
-    whole = f'<table class="fedlab-points">{caption}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
-    return f'<div class="fedlab-wide">{whole}</div>'
+    heads = ("Point", "Accuracy", "File", "zstd", "Latency", "Measured")
+    place = next((index for index, row in enumerate(last) if row["point"] == current), None)
+    return html_table(f"{some}, measured on {where}", heads, map(_line, last), current=place)
 
 
-def _line(row: Row, current: bool) -> str:
-    cells = (
+def _line(row: Row) -> tuple[str, ...]:
+    return (
+        words(row),
         percent(row["accuracy"]),
         human_bytes(row["bytes"]),
         human_bytes(row["zstd_bytes"]),
         human_ms(row["latency_ms"]),
-        escape(moment(row)) if row["earlier"] else "now",
+        moment(row) if row["earlier"] else "now",
     )
-    look = ' class="fedlab-current" aria-current="true"' if current else ""
-    return f'<tr{look}><th scope="row">{escape(words(row))}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'

@@ -9,7 +9,7 @@ import ipywidgets as widgets
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import to_html
-from fedlab_kit.lab.compare import comparison, run_option, run_words, runs_table
+from fedlab_kit.lab.compare import comparison, run_option, run_words, runs_table, told_apart
 from fedlab_kit.lab.controls import folded, is_open
 from fedlab_kit.lab.curve import accuracy_curve, describe_curve
 from fedlab_kit.lab.desk import Desk
@@ -74,9 +74,8 @@ class RunShelf:
         if one is None or other is None or one is other:
             self.comparison.value = self.curve.value = ""
             return
-        names = run_words(one, marks), run_words(other, marks)
-        self.comparison.value = comparison(one, other, names)
-        behind = [(names[1], other.records)]
+        self.comparison.value = comparison(one, other, (run_words(one, marks), run_words(other, marks)))
+        behind = [(told_apart(other, one, marks), other.records)]
         rounds = max(one.experiment.rounds, other.experiment.rounds)
-        figure = accuracy_curve(one.records, behind, rounds, names[0])
+        figure = accuracy_curve(one.records, behind, rounds, told_apart(one, other, marks))
         self.curve.value = to_html(figure, describe_curve(one.records, behind, rounds))

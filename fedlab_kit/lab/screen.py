@@ -21,6 +21,8 @@ from fedlab_kit.lab.run_shelf import RunShelf
 from fedlab_kit.lab.shelf import WRAP, button
 
 STYLE = """<style>
+.fedlab-bench { --jp-widgets-dropdown-arrow: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
+viewBox='0 0 18 18'%3E%3Cpath fill='%23808080' d='M4 6h10l-5 6z'/%3E%3C/svg%3E"); }
 .fedlab-slider .noUi-handle { visibility: hidden; box-shadow: none; }
 .fedlab-slider .noUi-touch-area { visibility: visible; border-radius: 50%; cursor: grab;
   background: var(--jp-brand-color1, #1976d2); border: 1px solid var(--jp-layout-color0, #fff); }
@@ -77,8 +79,7 @@ class Screen:
         self.train_status, self.hint, self.curve = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.compress_status, self.scatter = widgets.HTML(), widgets.HTML()
         self.store_status = widgets.HTML()
-        self.widget = widgets.VBox([widgets.HTML(STYLE), self.store_status, *self._rows(controls, first)])
-        self.widget.add_class("fedlab-bench")
+        self.widget = page([self.store_status, *self._rows(controls, first)])
 
     def _rows(self, controls: Controls, first: list[Control]) -> list[Any]:
         """Return three rows of two halves: knobs, plots, and what is folded away; each wraps on a narrow screen."""
@@ -104,6 +105,13 @@ class Screen:
                 [self.points.widget, *controls.groups(Recipe, names)],
             ),
         ]
+
+
+def page(rows: list[Any]) -> Any:
+    """Return the whole of a bench, with the style of its parts."""
+    whole = widgets.VBox([widgets.HTML(STYLE), *rows])
+    whole.add_class("fedlab-bench")
+    return whole
 
 
 def shown(knobs: list[Control]) -> list[Any]:

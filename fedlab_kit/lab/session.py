@@ -13,7 +13,7 @@ from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.canvas import percent
 from fedlab_kit.lab.curve import Curve
 from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.wording import difference, outcome, role
+from fedlab_kit.lab.wording import complaint, difference, outcome, role
 from fedlab_kit.run import Run, StoredRun
 from fedlab_kit.runs import find, train
 
@@ -166,8 +166,7 @@ class Session:
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
-            expected = isinstance(error, ValueError | OSError)
-            self.error = str(error) if expected else f"{type(error).__name__}: {error}"
+            self.error = complaint(error)
             self._said = f"Error: {self.error}"
         self._failed(self.error)
 

@@ -19,7 +19,8 @@ from fedlab_kit.lab.canvas import to_html
 from fedlab_kit.lab.control import Control
 from fedlab_kit.lab.controls import Controls, help_text
 from fedlab_kit.lab.looks import alarm_table, describe_distances, distances
-from fedlab_kit.lab.screen import STYLE, halves, heading, status
+from fedlab_kit.lab.screen import halves, heading, page, status
+from fedlab_kit.lab.wording import complaint
 
 TEXT = "Watch: run this notebook to see and use the bench for drift and alarm."
 Wish = tuple[str, Stream]
@@ -53,7 +54,7 @@ class Watch:
         knobs: list[Control] = list(self.controls.of(Stream).values())
         left = [heading("Stream", "answers at once"), self.site, *(knob.widget for knob in knobs), help_text(knobs)]
         right = [self.picture, self.status, self.table]
-        self.widget = widgets.VBox([widgets.HTML(STYLE), halves(left, right)])
+        self.widget = page([halves(left, right)])
         self.controls.changed = lambda owner: self.ask()
         self.site.observe(lambda change: self.ask(), "value")
 
@@ -93,9 +94,8 @@ class Watch:
             try:
                 self._answer(*wish)
             except Exception as error:  # a thread's traceback goes nowhere in a notebook
-                said = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
-                self.status.value = status(f"Error: {said}")
-                self.controls.complain(said)
+                self.status.value = status(f"Error: {complaint(error)}")
+                self.controls.complain(complaint(error))
 
     def _answer(self, site: str, stream: Stream) -> None:
         known = self.dataset
