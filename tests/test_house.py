@@ -10,7 +10,7 @@ ORDER = [
     "settings", "experiment", "catalog", "statistics", "files", "download", "data", "clinic", "hospitals",
     "partition", "models",
     "compression.prune", "compression.quantize", "compression.distill", "wire.steps", "wire.codec", "wire.bits",
-    "wire.dense", "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "federation.flat",
+    "wire.dense", "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "wire.secure", "federation.flat",
     "federation.stacked", "federation.task", "federation.devices", "federation.masking", "federation.objective",
     "federation.messages", "federation.record", "federation.strategies", "federation.ensemble",
     "federation.server", "federation.local", "federation.rounds", "store", "clients", "run", "runs",

@@ -16,7 +16,7 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.devices import view
 from fedlab_kit.federation.masking import exchanged, first_mask, grows
 from fedlab_kit.federation.task import OUTCOMES, Task, chance
-from fedlab_kit.wire import Bits, Codec, NotFinite, PayloadError, compensate, make, pack, unpack_all
+from fedlab_kit.wire import Bits, Codec, NotFinite, PayloadError, compensate, make, pack, unpack_all, unpack_first
 
 ClientState = dict[str, Tensor]
 
@@ -78,7 +78,7 @@ def open_broadcast(job: Task, client: int, message: bytes, memory: ClientState) 
     if contents & TEACHER and experiment.teacher is not None:
         tail.append((fp32, len(OUTCOMES[experiment.teacher])))
     if contents & MASK:
-        bits, rest = _first_frame(rest, size)
+        bits, rest = unpack_first(rest, Bits(), size=size)
         mask = bits.bool()
     kept = size if mask is None else int(mask.sum())
     codec = fp32 if contents & WHOLE else _downlink(job)
@@ -179,13 +179,6 @@ def _growth(job: Task, round: int, mask: Tensor) -> tuple[Tensor, Codec]:
     where = candidates & ~mask.cpu()
     wanted = exchanged(job.experiment, round) * int((candidates & mask.cpu()).sum())
     return where, make("topk", keep=min(1.0, max(1.0, wanted) / max(1, int(where.sum()))))
-
-
-def _first_frame(message: bytes, size: int) -> tuple[Tensor, bytes]:
-    """Open the mask at the head of a message and return it with what follows."""
-    length = 14 + int.from_bytes(message[6:10], "little")
-    _, (bits,) = unpack_all(message[:length], [(Bits(), size)])
-    return bits, message[length:]
 
 
 def _compact(vector: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from . import dense, sparse  # registers the built-in codecs
 from .bits import Bits
 from .codec import CODECS, Codec, codec, make
-from .frame import compensate, pack, unpack, unpack_all
+from .frame import compensate, pack, unpack, unpack_all, unpack_first
 from .steps import NotFinite, PayloadError, finite
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "sparse",
     "unpack",
     "unpack_all",
+    "unpack_first",
 ]

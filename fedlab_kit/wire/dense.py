@@ -58,18 +58,22 @@ class FP16(FP32):
         return torch.maximum(size * 2**-11, torch.full_like(size, 2**-25)).maximum(size - 65504)
 
 
-class Grid(Codec):
+class Rounded(Codec):
+    """Codes on a scale for each bucket, to which entries are rounded: to the nearest, or stochastically."""
+
+    @property
+    def unbiased(self) -> bool:
+        """Stochastic rounding is right on average."""
+        return self.rounding == "stochastic"
+
+
+class Grid(Rounded):
     """Whole numbers -levels..levels times a step; each bucket has its own step, and zero stays zero.
 
     The step is the bucket's largest magnitude / levels. QSGD (Alistarh et al. 2017) with stochastic rounding.
     """
 
     levels: int
-
-    @property
-    def unbiased(self) -> bool:
-        """Stochastic rounding is right on average."""
-        return self.rounding == "stochastic"
 
     def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
         """A bfloat16 scale for each bucket, then the digits, as many to a byte as fit."""
@@ -125,17 +129,12 @@ class Ternary(Grid):
 
 
 @codec("sign", id=6)
-class Sign(Codec):
+class Sign(Rounded):
     """One bit for each entry and a scale for each bucket; only a bucket of zeros stays zero.
 
     Nearest: the sign times the bucket's mean magnitude (Karimireddy et al. 2019; needs error feedback).
     Stochastic: plus or minus the bucket's largest magnitude, with the chances that make it right on average.
     """
-
-    @property
-    def unbiased(self) -> bool:
-        """Stochastic signs are right on average."""
-        return self.rounding == "stochastic"
 
     def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
         """A bfloat16 scale for each bucket, then the bits, 1 for plus."""

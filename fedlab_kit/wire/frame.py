@@ -48,16 +48,19 @@ def unpack_all(payload: bytes, schema: Sequence[tuple[Codec, int]]) -> tuple[int
     samples = start = 0
     for codec, size in schema:
         before = samples
-        body, samples, start = _body(payload, start, codec, size)
+        vector, samples, start = _read(payload, start, codec, size)
         if vectors and samples != before:
             raise PayloadError(f"its frames state {before} and {samples} samples")
-        vector = codec.decode(body, size)
-        if vector.shape != (size,) or not finite(vector):
-            raise PayloadError("the payload holds NaN or infinity, or too few numbers")
         vectors.append(vector)
     if start != len(payload):
         raise PayloadError(f"{len(payload) - start} bytes follow the last frame")
     return samples, vectors
+
+
+def unpack_first(payload: bytes, codec: Codec, *, size: int) -> tuple[Tensor, bytes]:
+    """Read the frame at the head of a payload: (vector, what follows). PayloadError says why not."""
+    vector, _, end = _read(payload, 0, codec, size)
+    return vector, payload[end:]
 
 
 def compensate(
@@ -89,6 +92,15 @@ def _frame(codec: Codec, body: bytes, samples: int, zstd: bool) -> bytes:
         flags, body = (ZSTD, packed) if len(packed) < len(body) else (0, body)
     fields = _FIELDS.pack(codec.id, flags, samples, len(body))
     return fields + crc32(body, crc32(fields)).to_bytes(4, "little") + body
+
+
+def _read(payload: bytes, start: int, codec: Codec, size: int) -> tuple[Tensor, int, int]:
+    """The vector of the frame at `start`, its samples, and where the next frame begins."""
+    body, samples, end = _body(payload, start, codec, size)
+    vector = codec.decode(body, size)
+    if vector.shape != (size,) or not finite(vector):
+        raise PayloadError("the payload holds NaN or infinity, or too few numbers")
+    return vector, samples, end
 
 
 def _body(payload: bytes, start: int, codec: Codec, size: int) -> tuple[bytes, int, int]:

@@ -1,4 +1,4 @@
-"""Differential privacy for clients or for records, its price in epsilon, and secure aggregation in miniature.
+"""Differential privacy for clients or for records, and its price in epsilon.
 
 Client level (McMahan et al. 2018): each client clips its update before the codec; the server clips what it decodes
 once more (a lossy codec can lengthen a vector), adds the noise to the sum and divides by a fixed number. Whoever sees
@@ -9,23 +9,18 @@ Record level (Abadi et al. 2016): each client clips and noises the gradients of 
 need be trusted with them. It suits a few large sites.
 
 Epsilon counts only if cohorts (or batches) are drawn by Poisson sampling. The noise is made of floating-point numbers,
-which is right for teaching and not for a release (Mironov 2012), and the masks below come from a generator that is
-not a cryptographic one.
+which is right for teaching and not for a release (Mironov 2012).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-
-Words = NDArray[np.uint32]
 
 
 def clip(update: Tensor, norm: float) -> Tensor:
@@ -103,63 +98,3 @@ def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> f
     orders = [1 + x / 10 for x in range(1, 100)] + [float(2**k) for k in range(4, 13)]
     spent = rdp.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=steps, orders=orders)
     return float(rdp.get_privacy_spent(orders=orders, rdp=spent, delta=delta)[0])
-
-
-# --- Secure aggregation by pairwise masks (Bonawitz et al. 2017), without key agreement and drop-outs ---
-
-
-def to_grid(update: Tensor, step: float, rng: np.random.Generator) -> Words:
-    """The update [P] as whole numbers of a `step` that all clients share, stochastically rounded, modulo 2**32."""
-    scaled = update.double().numpy() / step
-    return np.floor(scaled + rng.random(len(scaled))).astype(np.int64).astype(np.uint32)
-
-
-def from_grid(total: Words, step: float) -> Tensor:
-    """A sum of grid numbers as float32 [P]; right as long as the sum stays within 2**31 steps."""
-    return torch.from_numpy(total.view(np.int32) * step).float()
-
-
-def mask(words: Words, client: int, cohort: Sequence[int], secret: bytes) -> Words:
-    """What `client` sends: its words plus a random word for each pair it is in, with opposite signs for the two.
-
-    Modulo 2**32 the masked words are uniformly random, and in the sum over the whole cohort all masks cancel. `secret`
-    stands for the keys that each pair would agree on; somebody who drops out leaves a sum that is noise.
-    """
-    masked = words.copy()
-    for other in cohort:
-        if other != client:
-            pair = f"{min(client, other)},{max(client, other)}".encode()
-            seed = int.from_bytes(hashlib.sha256(secret + pair).digest(), "little")
-            noise = np.random.default_rng(seed).integers(2**32, size=len(words), dtype=np.uint32)
-            masked = masked + noise if client < other else masked - noise
-    return masked
-
-
-@dataclass(frozen=True)
-class Compatible:
-    """Whether a payload can be summed under masks, and why."""
-
-    works: bool
-    why: str
-
-
-_SCALES = "every client has scales of its own, and codes on different scales do not add up; agree on one grid"
-_PLACES = "every client sends other positions, so slots do not match, and the positions tell what its data moved"
-
-COMPATIBLE: dict[str, Compatible] = {
-    "fp32": Compatible(
-        False, "masks cancel exactly in whole numbers only: a float mask large enough to hide rounds the update away"
-    ),
-    "fp16": Compatible(False, "as fp32, and sooner"),
-    "int8": Compatible(False, _SCALES),
-    "int4": Compatible(False, _SCALES),
-    "ternary": Compatible(False, _SCALES),
-    "sign": Compatible(False, _SCALES),
-    "topk": Compatible(False, _PLACES),
-    "stc": Compatible(False, _PLACES),
-    "zstd": Compatible(False, "masked words are uniformly random: there is nothing left to compress"),
-    "shared grid": Compatible(
-        True, "whole numbers on one grid add up, masks and all; each takes room for the sum, so little is saved"
-    ),
-}
-"""Codec or step -> whether it works together with secure aggregation."""
