@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlab_kit.wire import make, pack
-from fedlab_kit.wire.ledger import LINKS, Link, round_seconds, seconds, table, until
+from fedlab_kit.wire.ledger import LINKS, Link, seconds, table, until
 
 LINE = Link("line", up=8_000, down=80_000, latency=0.5, source="made up: 1 kB/s up, 10 kB/s down")
 
@@ -23,13 +23,6 @@ class Record:
 def test_a_link_turns_bytes_into_seconds() -> None:
     assert LINE.seconds(uplink=1_000, downlink=0) == pytest.approx(1 + 1)
     assert LINE.seconds(uplink=0, downlink=1_000) == pytest.approx(1 + 0.1)
-
-
-def test_a_round_waits_for_its_slowest_client() -> None:
-    assert round_seconds(LINE, [1_000, 4_000, 10], [0, 0, 10_000]) == pytest.approx(1 + 4)
-    assert round_seconds(LINE, [], []) == 0
-    with pytest.raises(ValueError, match="zip"):
-        round_seconds(LINE, [1], [1, 2])
 
 
 def test_rounds_add_up_and_clients_share_a_round_evenly() -> None:

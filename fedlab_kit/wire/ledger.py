@@ -78,11 +78,6 @@ LINKS: dict[str, Link] = {
 """Typical links, rounded: examples to reason with, not promises."""
 
 
-def round_seconds(link: Link, uplink: Sequence[int], downlink: Sequence[int]) -> float:
-    """How long a round's transfers take: all clients at once, so the slowest counts; bytes client by client."""
-    return max((link.seconds(up, down) for up, down in zip(uplink, downlink, strict=True)), default=0.0)
-
-
 def seconds(link: Link, records: Iterable[Traffic]) -> float:
     """How long the transfers of all rounds take when a round's clients share its bytes evenly."""
     total = 0.0
