@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import product
-from math import isfinite, nan
+from math import nan
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from fedlab_kit.deployment.artifact import compress
+from fedlab_kit.deployment.fleet import pareto
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.run import Run
 from fedlab_kit.runs import find
@@ -74,20 +75,6 @@ def measure_point(run: Run, recipe: Recipe) -> dict[str, Any]:
 def _with_front(table: pandas.DataFrame) -> pandas.DataFrame:
     """Return the table with the column `front`."""
     return table.assign(front=pareto(table["zstd_bytes"], table["accuracy"])) if len(table) else table
-
-
-def pareto(cost: Iterable[float], gain: Iterable[float]) -> list[bool]:
-    """Say for each point whether no other costs at most as much and gains at least as much, one of them strictly.
-
-    Equal points are both on the front; one whose cost or gain is NaN is not.
-    """
-    points = list(zip(cost, gain, strict=True))
-    return [
-        isfinite(cost)
-        and isfinite(gain)
-        and not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points)
-        for cost, gain in points
-    ]
 
 
 def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:

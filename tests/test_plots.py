@@ -1,4 +1,4 @@
-"""Figures are checked by what stands in them; `pareto` against its definition."""
+"""Figures are checked by what stands in them."""
 
 import base64
 import io
@@ -154,17 +154,6 @@ def test_every_axis_can_be_drawn(axis):
 def test_an_unknown_axis_is_named():
     with pytest.raises(ValueError, match=r"axis must be one of bytes, .*, got 'weight'"):
         plots.accuracy_against([], "weight")
-
-
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=12))
-def test_the_front_is_what_nothing_beats(points):
-    def beats(a, b):
-        return a[0] <= b[0] and a[1] >= b[1] and a != b
-
-    front = plots.pareto(points)
-    assert {points[i] for i in front} == {p for p in points if not any(beats(q, p) for q in points)}
-    assert len({points[i] for i in front}) == len(front)
-    assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
 
 
 def test_bubbles_have_areas_in_proportion_to_the_samples():

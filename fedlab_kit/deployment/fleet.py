@@ -1,8 +1,9 @@
-"""Which artifact for which device: the best point of a table under a budget."""
+"""Which artifact for which device: the points that no other beats, and the best of a table under a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import inf, isfinite
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,11 +13,32 @@ FLOORS = ("accuracy", "low", "throughput", "sensitivity", "specificity", "auc", 
 """Columns of which more is better; a budget on them is a floor, on every other column a ceiling."""
 
 
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the (cost, gain) pairs that no other beats, by rising cost and each once: the Pareto front.
+
+    A pair is beaten when another costs no more and gains no less, and is better in one of the two; one with a NaN
+    is left out.
+    """
+    found: list[tuple[float, float]] = []
+    for cost, gain in sorted(filter(_finite, points), key=lambda point: (point[0], -point[1])):
+        if gain > (found[-1][1] if found else -inf):
+            found.append((cost, gain))
+    return found
+
+
+def pareto(cost: Iterable[float], gain: Iterable[float]) -> list[bool]:
+    """Say for each point whether it is on the front; equal points are both on it."""
+    points = list(zip(cost, gain, strict=True))
+    best = set(front(points))
+    return [point in best for point in points]
+
+
 def choose(table: pandas.DataFrame, **budget: float) -> pandas.Series:
     """Return the row of highest accuracy among those within the budget, the smaller file on a tie.
 
-    `choose(table, bytes=50_000, latency_ms=1.0)`; names are columns of a table made by `sweep`. Raises ValueError
-    for a column that the table lacks, and, when nothing fits, says which limit leaves nothing and what comes nearest.
+    `choose(table, bytes=50_000, latency_ms=1.0)`; names are columns of a table made by `sweep`, or of what
+    `evaluate.with_rates` adds to it. Raises ValueError for a column that the table lacks, and, when nothing fits, says
+    which limit leaves nothing and what comes nearest.
     """
     if unknown := sorted(budget.keys() - set(table.columns)):
         raise ValueError(f"budget must name columns of the table ({', '.join(table.columns)}), got {unknown[0]!r}")
@@ -45,3 +67,7 @@ def plan(table: pandas.DataFrame, budgets: Mapping[str, Mapping[str, float]]) ->
         except ValueError as error:
             raise ValueError(f"device class {device!r}: {error}") from None
     return pandas.DataFrame.from_dict(chosen, orient="index")
+
+
+def _finite(point: tuple[float, float]) -> bool:
+    return isfinite(point[0]) and isfinite(point[1])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedlab_kit.deployment.fleet import front
 from fedlab_kit.lab.canvas import (
     GREY,
     STYLES,
@@ -41,7 +42,6 @@ __all__ = [
     "describe_points",
     "human_bytes",
     "label_counts",
-    "pareto",
     "percent",
     "to_html",
     "to_image",
@@ -66,11 +66,7 @@ AXES = {
 
 
 def accuracy_against(
-    points: Sequence[Mapping[str, Any]],
-    axis: str = "bytes",
-    *,
-    kind: str = "dtype",
-    current: int | None = None,
+    points: Sequence[Mapping[str, Any]], axis: str = "bytes", *, kind: str = "dtype", current: int | None = None
 ) -> Figure:
     """Draw accuracy against a size, a time or the traffic (log scale), with the Pareto front as steps.
 
@@ -83,23 +79,18 @@ def accuracy_against(
     figure, axes = canvas(right=0.23)
     axes.set(xlabel=quantity.label, ylabel="Accuracy on validation (%)")
     shown = [point for point in points if _positive(point.get(axis))]
-    for style, (name, group) in zip(cycle(STYLES), _groups(shown, kind).items(), strict=False):
-        _add_kind(axes, axis, name, group, *style)
-    best = pareto([(point[axis], point["accuracy"]) for point in shown])
-    corners = [(shown[i][axis], 100 * shown[i]["accuracy"]) for i in best]
-    if corners:
-        axes.step(*zip(*corners, strict=True), where="post", color=GREY, linewidth=1.2, zorder=1, label="Pareto front")
+    for style, (label, group) in zip(cycle(STYLES), _groups(shown, kind).items(), strict=False):
+        _add_kind(axes, axis, label, group, *style)
+    if best := front(_place(point, axis) for point in shown):
+        axes.step(*zip(*best, strict=True), where="post", color=GREY, linewidth=1.2, zorder=1, label="Pareto front")
     if any(point.get("earlier") for point in shown):
         axes.plot([], [], "o", color=GREY, fillstyle="none", alpha=0.6, markersize=5, label="measured earlier")
     if current is not None and _positive(points[current].get(axis)):
-        chosen = points[current]
-        axes.plot(
-            chosen[axis], 100 * chosen["accuracy"], "o", markersize=14, fillstyle="none", color=GREY, markeredgewidth=2
-        )
+        ring: dict[str, Any] = {"markersize": 14, "markeredgewidth": 2, "fillstyle": "none"}
+        axes.plot(*_place(points[current], axis), "o", color=GREY, **ring)
     for point in shown:
-        if point.get("name"):
-            at = (point[axis], 100 * point["accuracy"])
-            axes.annotate(point["name"], at, (6, 6), textcoords="offset points", color=GREY, fontsize=9)
+        if name := point.get("name"):
+            axes.annotate(name, _place(point, axis), (6, 6), textcoords="offset points", color=GREY, fontsize=9)
     _log_scale(axes, [point[axis] for point in shown], quantity)
     if shown:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=GREY, fontsize=9)
@@ -114,7 +105,7 @@ def _add_kind(axes: Axes, axis: str, name: str, group: list[Mapping[str, Any]], 
     if earlier:
         faint: dict[str, Any] = {"color": color, "alpha": 0.6}
         _add_bars(axes, axis, [p for p in earlier if p.get("name")], fmt="none", **faint)
-        x, y = [p[axis] for p in earlier], [100 * p["accuracy"] for p in earlier]
+        x, y = zip(*(_place(p, axis) for p in earlier), strict=True)
         axes.plot(x, y, marker, fillstyle="none", markersize=5, label="" if now else name, **faint)
 
 
@@ -131,8 +122,8 @@ def describe_points(points: Sequence[Mapping[str, Any]], axis: str = "bytes", cu
     what = f"Accuracy against {quantity.label[0].lower()}{quantity.label[1:]}"
     if not shown:
         return f"{what}: no point yet."
-    front = pareto([(point[axis], point["accuracy"]) for point in shown])
-    count = f"{len(shown)} point{'s' if len(shown) > 1 else ''}, {len(front)} on the Pareto front"
+    best = front(_place(point, axis) for point in shown)
+    count = f"{len(shown)} point{'s' if len(shown) > 1 else ''}, {len(best)} on the Pareto front"
     if current is None or not _positive(points[current].get(axis)):
         return f"{what}: {count}."
     chosen = points[current]
@@ -142,23 +133,15 @@ def describe_points(points: Sequence[Mapping[str, Any]], axis: str = "bytes", cu
     )
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the (cost, accuracy) points that no other beats, by rising cost.
-
-    A point is beaten when another costs no more and is at least as accurate, and better in one of the two; of equal
-    points the first stays.
-    """
-    front: list[int] = []
-    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
-        if not front or points[index][1] > points[front[-1]][1]:
-            front.append(index)
-    return front
-
-
 def _axis(name: str) -> Axis:
     if name not in AXES:
         raise ValueError(f"axis must be one of {', '.join(AXES)}, got {name!r}")
     return AXES[name]
+
+
+def _place(point: Mapping[str, Any], axis: str) -> tuple[float, float]:
+    """Where a point stands: the quantity, and its accuracy in percent."""
+    return point[axis], 100 * point["accuracy"]
 
 
 def _positive(value: Any) -> bool:
