@@ -33,14 +33,7 @@ def train(
     store: Path | None = None,
     exchange: Exchange = in_process,
 ) -> Run:
-    """Run an experiment, or answer it from the store, or go on where it stopped.
-
-    `progress` is called with every record, stored ones at once. Setting `stop` ends the run before its next batch;
-    the rounds so far are kept, and the same call later goes on to the same final weights. Another notebook that
-    trains the same experiment at this moment is waited for. `store` is another folder to keep runs in than
-    `runs_folder()`; `exchange` carries the messages, see `play`. Raises ValueError for an impossible experiment and
-    OSError when the store is unreadable or full.
-    """
+    """Do what `scale.engines.train` says, with the messages of each round carried by `exchange`, see `play`."""
     folder = RunFolder((store or runs_folder()) / identify(experiment))
     tell = progress or (lambda record: None)
     engine = "in process" if exchange is in_process else "flower"

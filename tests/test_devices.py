@@ -85,10 +85,10 @@ def test_a_slice_trains_as_the_narrow_model_would() -> None:
     with torch.no_grad():
         for parameter, values in zip(narrow.parameters(), parts, strict=True):
             parameter.copy_(values.view_as(parameter))
-    from fedlab_kit.federation.local import _plan
+    from fedlab_kit.federation.descent import plan
 
     optimizer = torch.optim.SGD(narrow.parameters(), lr=SLICED.lr)
-    for batch in _plan(job, 1, client):
+    for batch in plan(job, 1, client):
         index = torch.from_numpy(batch[batch >= 0])
         optimizer.zero_grad()
         nn.functional.cross_entropy(narrow(job.inputs(index)), job.y[index]).backward()

@@ -16,13 +16,13 @@ SITES = Experiment(
 
 def test_alone_is_a_federation_of_one() -> None:
     """Played by hand: each round the client trains on from its own last weights, by plain SGD on the same batches."""
-    from fedlab_kit.federation.local import _plan
+    from fedlab_kit.federation.descent import plan
 
     job, model = task(SITES), task(SITES).model
     model.weights.copy_(job.initial)
     optimizer = torch.optim.SGD(model.module.parameters(), lr=SITES.lr)
     for round in (1, 2, 3):
-        for batch in _plan(job, round, 1):
+        for batch in plan(job, round, 1):
             index = torch.from_numpy(batch[batch >= 0])
             model.gradient.zero_()
             torch.nn.functional.cross_entropy(model.module(job.inputs(index)), job.y[index]).backward()

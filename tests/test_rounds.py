@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from fedlab_kit import Experiment, rounds
 from fedlab_kit.federation import rounds as loop
-from fedlab_kit.federation.local import _plan, client_step, cohort_step
+from fedlab_kit.federation.descent import plan
+from fedlab_kit.federation.local import client_step, cohort_step
 from fedlab_kit.federation.server import answering, broadcast, select, server_step, start
 from fedlab_kit.federation.task import chance, task
 
@@ -34,7 +35,7 @@ def plain_fedavg(experiment: Experiment, mu: float = 0.0) -> torch.Tensor:
         for client in cohort:
             local = copy.deepcopy(model).train()
             optimizer = torch.optim.SGD(local.parameters(), lr=experiment.lr)
-            for batch in _plan(job, number, client):
+            for batch in plan(job, number, client):
                 index = torch.from_numpy(batch[batch >= 0])
                 optimizer.zero_grad()
                 loss = F.cross_entropy(local(job.inputs(index)), job.y[index])
@@ -108,10 +109,10 @@ def test_plan_uses_every_sample_once_an_epoch():
     experiment = SMALL.replace(local_epochs=3)
     job = task(experiment)
     for client in range(6):
-        plan = _plan(job, 1, client).reshape(3, -1)
-        for epoch in plan:
+        epochs = plan(job, 1, client).reshape(3, -1)
+        for epoch in epochs:
             assert sorted(epoch[epoch >= 0]) == sorted(job.shards[client].tolist())
-        assert job.samples(client) < 2 or not np.array_equal(plan[0], plan[1])
+        assert job.samples(client) < 2 or not np.array_equal(epochs[0], epochs[1])
 
 
 def test_ledger_counts_every_byte_both_ways():
@@ -195,7 +196,7 @@ def test_scaffold_controls_follow_the_paper():
     for client in record.cohort:
         plain, _ = client_step(SMALL, 1, client, broadcast(start(SMALL), [client], {})[0][client], {})
         update = torch.from_numpy(np.frombuffer(plain[14:], np.float32).copy())
-        steps = len(_plan(job, 1, client))
+        steps = len(plan(job, 1, client))
         torch.testing.assert_close(clients[client]["control"], -update / (steps * 0.05), rtol=1e-3, atol=1e-5)
     expected = sum(memory["control"] for memory in clients.values()) / experiment.clients
     torch.testing.assert_close(state.slots["control"], expected)

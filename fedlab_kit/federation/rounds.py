@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.local import Stopped, cohort_step
+from fedlab_kit.federation.descent import Stopped
+from fedlab_kit.federation.local import cohort_step
 from fedlab_kit.federation.messages import ClientState
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.server import (

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.combine import combine
 from fedlab_kit.federation.devices import lateness, width
-from fedlab_kit.federation.ensemble import distil_ensemble
 from fedlab_kit.federation.masking import adjusts, first_mask, next_mask
 from fedlab_kit.federation.messages import Answer, Broadcast, open_payload, pack_broadcast, seen
 from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.strategies import STRATEGIES, Slots, mean, mean_of_views, median
+from fedlab_kit.federation.strategies import Slots, mean
 from fedlab_kit.federation.task import Task, chance, task
 from fedlab_kit.statistics import wilson
 from fedlab_kit.wire import PayloadError
-from fedlab_kit.wire.privacy import noisy_mean, poisson_sample
+from fedlab_kit.wire.privacy import poisson_sample
 
 NOBODY: Mapping[int, str] = {}
 
@@ -110,7 +110,7 @@ def server_step(
     experiment, job = state.experiment, task(state.experiment)
     answers, refused = _receive(job, state, payloads)
     refused = tuple(sorted((*refused, *silent.items())))
-    weights, slots = _combine(job, state, answers)
+    weights, slots = combine(job, state.round + 1, state.weights, state.slots, answers)
     heard = _heard(slots, list(answers), [client for client, _ in refused])
     weights, slots = _prune(job, state, answers, weights, heard)
     result = job.evaluate(weights, job.dataset.validation)
@@ -159,48 +159,6 @@ def _receive(
         except PayloadError as error:
             refused.append((client, str(error)))
     return answers, tuple(refused)
-
-
-def _combine(job: Task, state: ServerState, answers: Mapping[int, Answer]) -> tuple[Tensor, Slots]:
-    """Return the new weights [P] and slots: the strategy's step along what the answers say together."""
-    experiment, slots, trainable = state.experiment, state.slots, job.model.layout.trainable
-    if not answers and experiment.privacy != "client":
-        return state.weights, slots
-    together, held = _aggregate(job, state, answers)
-    step, slots = STRATEGIES[experiment.strategy](experiment, slots, together)
-    if held is not None:
-        step = step * held  # where nobody contributed, the server keeps its own value, whatever its momentum
-    step[trainable:] = together[trainable:]  # a server optimizer has no business with running statistics
-    weights = state.weights + step
-    controls = [answer.control for answer in answers.values() if answer.control is not None]
-    if controls:
-        slots = {**slots, "control": slots["control"] + torch.stack(controls).sum(0) / experiment.clients}
-    if experiment.strategy == "feddf":
-        clients = [state.weights + answer.update for answer in answers.values()]
-        weights = distil_ensemble(job, state.round + 1, weights, clients, slots.get("mask"))
-    return weights, slots
-
-
-def _aggregate(job: Task, state: ServerState, answers: Mapping[int, Answer]) -> tuple[Tensor, Tensor | None]:
-    """Return the cohort's update [P]: the mean by samples, the private mean over a fixed number, or the median.
-
-    With slices also where anybody contributed, bool [P]; None elsewhere.
-    """
-    experiment, updates = state.experiment, [answer.update for answer in answers.values()]
-    if experiment.privacy == "client":
-        rng = chance(experiment, "noise", state.round + 1)
-        on_cpu, size = [update.cpu() for update in updates], job.model.layout.size
-        expected, noise = experiment.clients_per_round, experiment.noise_multiplier
-        private = noisy_mean(on_cpu, experiment.clip_norm, noise, expected, rng, size)
-        return private.to(state.weights.device), None
-    if experiment.strategy == "median":
-        return median(updates), None
-    samples = [answer.samples for answer in answers.values()]
-    if experiment.devices == "sliced":
-        whole = torch.ones_like(state.weights, dtype=torch.bool)
-        views = [whole if (mask := seen(job, client, None)) is None else mask for client in answers]
-        return mean_of_views(updates, samples, views)
-    return mean(updates, samples), None
 
 
 def _heard(slots: Slots, answered: list[int], refused: list[int]) -> Slots:

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.local import Stopped
+from fedlab_kit.federation.descent import Stopped
 from fedlab_kit.federation.messages import ClientState, keep, open_broadcast
 from fedlab_kit.federation.rounds import Exchanged
 from fedlab_kit.federation.task import task
