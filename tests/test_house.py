@@ -11,7 +11,7 @@ ORDER = [
     "partition", "models",
     "compression.prune", "compression.quantize", "compression.distill", "wire.steps", "wire.codec", "wire.bits",
     "wire.dense", "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "wire.secure", "federation.flat",
-    "federation.stacked", "federation.task", "federation.devices", "federation.masking", "federation.objective",
+    "federation.layers", "federation.stacked", "federation.task", "federation.devices", "federation.masking", "federation.objective",
     "federation.messages", "federation.record", "federation.strategies", "federation.ensemble",
     "federation.combine", "federation.server",
     "federation.descent", "federation.local", "federation.rounds", "store", "clients", "run", "runs",
