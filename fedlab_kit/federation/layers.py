@@ -1,4 +1,4 @@
-"""The layers of the fast path: each works on several clients' copies at once, forwards, and backwards with its SGD step.
+"""The layers of the fast path, for several clients at once: forwards, and backwards with the SGD step inside.
 
 Letters: C clients, B samples in a batch, N pixels times B. The batch is the last axis of every activation
 ([C, channels, height, width, B] or [C, features, B]), so that a layer is always `weight @ x` with the weight as
