@@ -1,7 +1,5 @@
 """One page and one kernel for all tests of a module; each test gets a fresh bench by running the cell again."""
 
-import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,7 +9,7 @@ from pathlib import Path
 import nbformat
 from playwright.sync_api import Browser, Locator, expect
 
-from .conftest import Lab, LabPage
+from .conftest import Lab, LabPage, tab
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 CONTROLS = {"slider", "spinbutton", "combobox", "button", "textbox", "checkbox", "radio", "image", "img"}
@@ -95,14 +93,8 @@ class BenchPage(LabPage):
 
 @contextmanager
 def bench_page(chromium: Browser, lab: Lab, folder: Path, cell: str) -> Iterator[BenchPage]:
-    """A tab with the cell in a notebook of its own, not run yet; pictures go to FEDLAB_SCREENSHOTS or the folder."""
-    screenshots = Path(os.environ.get("FEDLAB_SCREENSHOTS", folder)).resolve()
-    screenshots.mkdir(parents=True, exist_ok=True)
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    page = BenchPage(context.new_page(), lab, screenshots)
-    page.show(f"{folder.name}.ipynb", cell)
-    yield page
-    context.close()
-    for session in json.loads(lab.request("api/sessions")):
-        lab.request(f"api/sessions/{session['id']}", "DELETE")
+    """A tab with the cell in a notebook of its own, not run yet."""
+    with tab(chromium, lab, folder, BenchPage) as page:
+        page.show(f"{folder.name}.ipynb", cell)
+        yield page
     (lab.notebooks / f"{folder.name}.ipynb").unlink()

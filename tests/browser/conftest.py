@@ -22,8 +22,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
@@ -112,6 +114,8 @@ class LabPage:
         return path
 
 
+Kind = TypeVar("Kind", bound=LabPage)
+
 # The command behind the menu entry: its promise holds until the last cell is done, and says if all succeeded.
 RUN_ALL = """timeout => Promise.race([
   window.jupyterapp.commands.execute('notebook:run-all-cells').then(good => good || 'a cell failed'),
@@ -184,13 +188,20 @@ def _wait_until_it_answers(lab: Lab, server: subprocess.Popen[bytes], log: Path)
     pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
 
 
-@pytest.fixture
-def lab_page(chromium: Browser, lab: Lab, tmp_path: Path) -> Iterator[LabPage]:
-    """A fresh tab, 1280 by 900; its kernels end with the test."""
-    screenshots = Path(os.environ.get("FEDLAB_SCREENSHOTS", tmp_path)).resolve()
+@contextmanager
+def tab(chromium: Browser, lab: Lab, folder: Path, kind: type[Kind]) -> Iterator[Kind]:
+    """A fresh tab, 1280 by 900, whose kernels end with it; pictures go to FEDLAB_SCREENSHOTS or the folder."""
+    screenshots = Path(os.environ.get("FEDLAB_SCREENSHOTS", folder)).resolve()
     screenshots.mkdir(parents=True, exist_ok=True)
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    yield LabPage(context.new_page(), lab, screenshots)
+    yield kind(context.new_page(), lab, screenshots)
     context.close()
     for session in json.loads(lab.request("api/sessions")):
         lab.request(f"api/sessions/{session['id']}", "DELETE")
+
+
+@pytest.fixture
+def lab_page(chromium: Browser, lab: Lab, tmp_path: Path) -> Iterator[LabPage]:
+    """A tab for one test."""
+    with tab(chromium, lab, tmp_path, LabPage) as page:
+        yield page
