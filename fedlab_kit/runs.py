@@ -111,17 +111,22 @@ def identify(experiment: Experiment) -> str:
     The non-default fields, the schema, the package and torch versions, the data's digest and the source of what a
     user registered: when one of them changes, the experiment is run again.
     """
-    model, dataset, *codecs = parts(experiment)
-    used = [model, dataset, *(method for codec in codecs for method in (codec.encode, codec.decode))]
     facts = {
         "schema": SCHEMA,
         "experiment": experiment.changes(),
         "versions": [version("fedlab-kit"), torch.__version__],
         "data": load(experiment.dataset).digest,
-        "source": [catalog.source(thing) for thing in used if not catalog.is_built_in(thing)],
+        "source": sources(experiment),
         "parents": [identify(parent) for parent in experiment.parents],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def sources(experiment: Experiment) -> list[str]:
+    """Return the source of the model, the data set and the codecs that are not built in, its parents' aside."""
+    model, dataset, *codecs = parts(experiment)
+    used = [model, dataset, *(method for codec in codecs for method in (codec.encode, codec.decode))]
+    return [catalog.source(thing) for thing in used if not catalog.is_built_in(thing)]
 
 
 def parts(experiment: Experiment) -> list[Any]:

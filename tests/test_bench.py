@@ -278,10 +278,8 @@ def test_the_teacher_is_trained_first_and_stands_behind_its_student():
     assert not bench.controls["temperature"].field.disabled
     bench.run(block=True)
     assert [run.experiment for run in bench.runs] == [teacher, bench.experiment]
-    assert (
-        bench.desk.session.curves("blobs", bench.desk.marks)[0][0] == "teacher mlp"
-        and bench.points[0]["model"] == "logistic"
-    )
+    (label, _), *_ = pictures.earlier_curves(bench.desk.session, bench.desk.marks, "blobs")
+    assert label == "teacher mlp" and bench.points[0]["model"] == "logistic"
     bench.controls["temperature"].value = 9.0
     assert "Changed since the bold curve: temperature 9.0. Press Run." in drawn(bench).hint.value
 

@@ -10,7 +10,9 @@ from fedlab_kit.files import StoreError
 from fedlab_kit.lab import session as module
 from fedlab_kit.lab.history import History
 from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.session import Session, difference
+from fedlab_kit.lab.pictures import earlier_curves
+from fedlab_kit.lab.session import Session
+from fedlab_kit.lab.wording import difference
 from fedlab_kit.runs import train
 from fedlab_kit.store import RunFolder
 
@@ -138,12 +140,12 @@ def test_earlier_runs_are_labelled_by_what_sets_them_apart(session, tmp_path):
     finished(session, TINY.replace(alpha=0.1))
     finished(session, TINY.replace(lr=0.5, alpha=0.1))
     finished(session)
-    assert [label for label, _ in session.curves("digits", marks)] == ["alpha 0.1", "alpha 0.1, lr 0.5"]
-    assert [label for label, _ in session.curves("digits", marks, most=1)] == ["alpha 0.1, lr 0.5"]
+    assert [label for label, _ in earlier_curves(session, marks, "digits")] == ["alpha 0.1", "alpha 0.1, lr 0.5"]
+    assert [label for label, _ in earlier_curves(session, marks, "digits", most=1)] == ["alpha 0.1, lr 0.5"]
     marks.name(session.runs[0].key, "skewed")
     marks.hide(session.runs[1].key)
-    assert [label for label, _ in session.curves("digits", marks)] == ["skewed"]
-    assert session.curves("mnist", marks) == []
+    assert [label for label, _ in earlier_curves(session, marks, "digits")] == ["skewed"]
+    assert earlier_curves(session, marks, "mnist") == []
 
 
 def test_difference_between_settings():

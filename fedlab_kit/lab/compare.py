@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from fedlab_kit.clients import client_names
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import html_table, human_bytes, percent, three
-from fedlab_kit.lab.history import moment, origin
 from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.wording import difference
+from fedlab_kit.lab.wording import difference, moment, origin
 from fedlab_kit.run import StoredRun
 from fedlab_kit.settings import Settings
 

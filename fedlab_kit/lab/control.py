@@ -18,6 +18,8 @@ from fedlab_kit.settings import Settings, allowed
 from fedlab_kit.wire import CODECS
 
 CATALOGS: dict[str, Mapping[str, Any]] = {"dataset": DATASETS, "model": MODELS, "codec": CODECS}
+KNOB: dict[str, Any] = {"style": {"description_width": "150px"}, "layout": {"width": "260px"}}
+"""The size of every control, so that they line up."""
 ON_OFF = (("on", True), ("off", False))
 
 
@@ -79,13 +81,7 @@ class Control:
         return self.field
 
     def _look(self) -> dict[str, Any]:
-        """Return label, tooltip and size, the same for every control so that they line up."""
-        return {
-            "description": self.info.title,
-            "tooltip": self.help,
-            "style": {"description_width": "150px"},
-            "layout": {"width": "260px"},
-        }
+        return {"description": self.info.title, "tooltip": self.help, **KNOB}
 
 
 class Number(Control):

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from fedlab_kit import catalog
 from fedlab_kit.deployment.artifact import Artifact, load
-from fedlab_kit.experiment import Experiment, Recipe
+from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.report import report
 from fedlab_kit.run import Run
-from fedlab_kit.wire import make
+from fedlab_kit.runs import sources
 
 CODE, POINTS, REPORT = "reproduce.py", "points.csv", "report.html"
 
@@ -51,28 +50,20 @@ def export(folder: str | Path, artifact: Artifact, run: Run, points: Sequence[Ma
 
 def reproduce(run: Run, recipe: Recipe, digest: str) -> str:
     """Return the settings as code: three lines that train and compress the same artifact again."""
-    own = [line for source in _registered(run.experiment) for line in source.splitlines()]
+    family = (*run.experiment.parents, run.experiment)
+    own = dict.fromkeys(source for experiment in family for source in sources(experiment))
     head = [
         f"fedlab-kit {version('fedlab-kit')}, torch {torch.__version__}.",
         "On the same kind of processor the file's SHA-256 is",
         digest,
-        *(["Register these first, as it was done in the notebook:", *own] if own else []),
+        *(["Register these first, as it was done in the notebook:"] if own else []),
+        *(line for source in own for line in source.splitlines()),
     ]
     return (
         "\n".join(f"# {line}".rstrip() for line in head)
         + "\nfrom fedlab_kit import Experiment, Recipe, compress, train\n\n"
         + f"run = train({run.experiment!r})\nartifact = compress(run, {recipe!r})\n"
     )
-
-
-def _registered(experiment: Experiment) -> list[str]:
-    """Return the source of the models, data sets and codecs that are not built in, of the parents too."""
-    used = []
-    for each in (*experiment.parents, experiment):
-        used += [catalog.lookup("model", each.model), catalog.lookup("dataset", each.dataset)]
-        used += [part for name in (each.uplink, each.downlink) for part in (make(name).encode, make(name).decode)]
-    mine = (thing for thing in used if not thing.__module__.startswith("fedlab_kit."))
-    return list(dict.fromkeys(catalog.source(thing) for thing in mine))
 
 
 def _fill(folder: Path, artifact: Artifact, run: Run, points: Sequence[Mapping[str, Any]]) -> None:

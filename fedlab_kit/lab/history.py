@@ -41,16 +41,6 @@ class History:
         return f"{len(self.damaged)} stored run(s) cannot be read and are left out: {names}" if self.damaged else ""
 
 
-def origin(earlier: bool, about: Mapping[str, Any]) -> str:
-    """Say when and where a figure was measured; `about` has `when` and `machine`."""
-    return f"measured {moment(about)} on {about['machine']}" if earlier else "measured now"
-
-
-def moment(about: Mapping[str, Any]) -> str:
-    """Return `when` to the minute, e.g. "2026-11-22 15:46 UTC"."""
-    return f"{about['when'][:16].replace('T', ' ')} UTC"
-
-
 def _run(path: Path) -> StoredRun:
     folder = RunFolder(path)
     experiment = Experiment(**folder.about()["experiment"])

@@ -6,11 +6,12 @@ from typing import Any
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import to_html
-from fedlab_kit.lab.curve import LiveCurve, accuracy_curve, describe_curve
+from fedlab_kit.lab.curve import Curve, LiveCurve, accuracy_curve, describe_curve
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.plots import accuracy_against, describe_points
 from fedlab_kit.lab.points import Points, table
 from fedlab_kit.lab.session import Session
+from fedlab_kit.lab.wording import difference, role
 
 
 class CurvePicture:
@@ -25,7 +26,7 @@ class CurvePicture:
     def draw(self, session: Session, marks: Marks, asked: Experiment) -> str:
         """Return the picture; before the first run it is that of `asked`."""
         stage = session.stage or asked
-        records, earlier, rounds = session.records, session.curves(stage.dataset, marks), stage.rounds
+        records, earlier, rounds = session.records, earlier_curves(session, marks, stage.dataset), stage.rounds
         behind = tuple((label, len(curve)) for label, curve in earlier)
         now = (stage, len(records), behind, session.busy)
         if self._shown == now:
@@ -40,6 +41,24 @@ class CurvePicture:
             self._html = to_html(accuracy_curve(records, earlier, rounds), alt)
         self._shown = now
         return self._html
+
+
+def earlier_curves(session: Session, marks: Marks, dataset: str, most: int = 6) -> list[Curve]:
+    """Return the latest runs on a data set besides the current one and hidden ones.
+
+    Each is labelled by its name, or by what sets it apart from the current one.
+    """
+    others = [
+        run
+        for run in session.known
+        if run.experiment != session.stage and run.experiment.dataset == dataset and not marks[run.key].hidden
+    ]
+    return [(marks[run.key].name or _label(run.experiment, session.experiment), run.records) for run in others[-most:]]
+
+
+def _label(earlier: Experiment, current: Experiment | None) -> str:
+    part = role(earlier, current)
+    return f"{part} {earlier.model}" if part else difference(earlier, current) or earlier.model
 
 
 class ScatterPicture:

@@ -10,8 +10,9 @@ from typing import Any
 from fedlab_kit.deployment.artifact import Artifact, slug
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.lab.canvas import html_table, human_bytes, human_ms, percent
-from fedlab_kit.lab.history import History, age, moment, origin
+from fedlab_kit.lab.history import History, age
 from fedlab_kit.lab.marks import Mark, Marks
+from fedlab_kit.lab.wording import moment, origin
 from fedlab_kit.run import Run, StoredRun
 from fedlab_kit.sweep import MEASURED
 

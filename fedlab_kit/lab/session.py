@@ -11,9 +11,7 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.canvas import percent
-from fedlab_kit.lab.curve import Curve
-from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.wording import complaint, difference, outcome, role
+from fedlab_kit.lab.wording import complaint, outcome, role
 from fedlab_kit.run import Run, StoredRun
 from fedlab_kit.runs import find, train
 
@@ -93,22 +91,6 @@ class Session:
         """Add to the status why nothing was started; "" takes it back."""
         with self._lock:
             self._aside = reason
-
-    def curves(self, dataset: str, marks: Marks, most: int = 6) -> list[Curve]:
-        """Return the latest runs on a data set besides the current one and hidden ones.
-
-        Each is labelled by its name, or by what sets it apart from the current one.
-        """
-        others = [
-            run
-            for run in self.known
-            if run.experiment != self.stage and run.experiment.dataset == dataset and not marks[run.key].hidden
-        ]
-        return [(marks[run.key].name or self._label(run.experiment), run.records) for run in others[-most:]]
-
-    def _label(self, experiment: Experiment) -> str:
-        part = role(experiment, self.experiment)
-        return f"{part} {experiment.model}" if part else difference(experiment, self.experiment) or experiment.model
 
     def _work(self, experiment: Experiment, stop: Event) -> None:
         try:

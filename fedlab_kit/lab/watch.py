@@ -16,7 +16,7 @@ from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.deployment.monitor import Alarm, Monitor
 from fedlab_kit.deployment.stream import Stream, draw
 from fedlab_kit.lab.canvas import to_html
-from fedlab_kit.lab.control import Control
+from fedlab_kit.lab.control import KNOB, Control
 from fedlab_kit.lab.controls import Controls, help_text
 from fedlab_kit.lab.looks import alarm_table, describe_distances, distances
 from fedlab_kit.lab.screen import halves, heading, page, status
@@ -47,8 +47,7 @@ class Watch:
             value=site or self.dataset.sites[0],
             description="Hospital",
             tooltip="Whose patients come.",
-            style={"description_width": "150px"},
-            layout={"width": "260px"},
+            **KNOB,
         )
         self.status, self.picture, self.table = widgets.HTML(), widgets.HTML(), widgets.HTML()
         knobs: list[Control] = list(self.controls.of(Stream).values())

@@ -1,10 +1,12 @@
-"""Runs in words: how one ended, what it is to the one that was asked for, what sets its settings apart."""
+"""Runs in words: how one ended, when and where, what it is to the one asked for, what sets its settings apart."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import percent
-from fedlab_kit.lab.history import origin
 from fedlab_kit.run import Run
 from fedlab_kit.settings import Settings
 
@@ -53,3 +55,13 @@ def _short(name: str, value: object) -> str:
     if value is None:
         return f"no {name}"
     return f"{name} {value.model}" if isinstance(value, Experiment) else f"{name} {value}"
+
+
+def origin(earlier: bool, about: Mapping[str, Any]) -> str:
+    """Say when and where a figure was measured; `about` has `when` and `machine`."""
+    return f"measured {moment(about)} on {about['machine']}" if earlier else "measured now"
+
+
+def moment(about: Mapping[str, Any]) -> str:
+    """Return `when` to the minute, e.g. "2026-11-22 15:46 UTC"."""
+    return f"{about['when'][:16].replace('T', ' ')} UTC"
