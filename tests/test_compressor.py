@@ -1,5 +1,6 @@
 """The live side without a widget: the newest recipe, the baseline first, errors in words, marks that can be undone."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ def run() -> Run:
 def compressor_of(folder: Path | None = None, **options) -> Compressor:
     """A compressor on a store, the test's own if none is named."""
     folder = folder or runs_folder()
-    return Compressor(Points(Marks(folder), History(folder)), **options)
+    return Compressor(Points(Marks(folder), History(folder).runs), **options)
 
 
 def settle(compressor: Compressor) -> Compressor:
@@ -174,6 +175,17 @@ def test_points_of_earlier_benches_are_there_and_answered_from_their_files(run, 
         [row[name] for name in same] for row in first.points.rows()
     ]
     assert second.artifact.predict(run.dataset.validation.x[:2]).shape == (2, 3)
+
+
+@pytest.mark.parametrize("wrong", [{"recipe": {"prune": "by lot"}}, {"measured": {}}, {"when": 3}])
+def test_a_card_of_another_version_or_a_damaged_one_is_no_point(run, wrong):
+    first = compressor_of()
+    first.ask(run, HALF)
+    card = settle(first).artifact.path.with_suffix(".onnx.json")
+    card.write_text(json.dumps({**first.artifact.card, **wrong}))
+    assert [row["dtype"] for row in compressor_of().points.shown("blobs")] == ["fp32"]
+    card.write_text("[]")
+    assert len(compressor_of().points.all) == 1
 
 
 def test_any_earlier_point_can_be_made_the_current_one(run):

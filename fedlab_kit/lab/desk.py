@@ -28,7 +28,7 @@ class Desk:
 
     def __init__(self, recipe: Callable[[], Recipe], failed: Callable[[str], None]) -> None:
         self._history, self.marks = History(runs_folder()), Marks(runs_folder())
-        self.points = Points(self.marks, self._history)
+        self.points = Points(self.marks, self._history.runs)
         self.session = Session(lambda run: self.compressor.ask(run, recipe()), failed, self._history.runs)
         self.compressor = Compressor(self.points, lambda: self.session.busy, failed)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from fedlab_kit.deployment.artifact import Artifact, slug
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.lab.canvas import html_table, human_bytes, human_ms, percent
-from fedlab_kit.lab.history import History, age
 from fedlab_kit.lab.marks import Mark, Marks
 from fedlab_kit.lab.wording import moment, origin
 from fedlab_kit.run import Run, StoredRun
@@ -66,9 +66,9 @@ class Point:
 class Points:
     """Every point in order, which of them this bench was asked for, and the current one; marks are kept by `marks`."""
 
-    def __init__(self, marks: Marks, history: History | None = None) -> None:
+    def __init__(self, marks: Marks, runs: Iterable[StoredRun] = ()) -> None:
         self.marks = marks
-        self.all: tuple[Point, ...] = _stored(history) if history else ()
+        self.all = _stored(runs)
         self.asked: tuple[int, ...] = ()
         self.current: Point | None = None
 
@@ -121,14 +121,24 @@ class Points:
         return [p for p in self.all if not (self.marks[p.key].hidden or self.marks[p.run.key].hidden)]
 
 
-def _stored(history: History) -> tuple[Point, ...]:
-    """Return the points that the store holds, in the order of their measurement."""
-    found = [(run, path, card) for run in history.runs for path, card in history.cards[run.key].items()]
-    found.sort(key=lambda one: age(*one[1:]))
-    return tuple(
-        Point(number, run, Recipe(**card["recipe"]), path, card, earlier=True)
-        for number, (run, path, card) in enumerate(found, start=1)
-    )
+def _stored(runs: Iterable[StoredRun]) -> tuple[Point, ...]:
+    """Return the points of stored runs, in the order of their measurement."""
+    found = sorted((one for run in runs for one in _points_of(run)), key=lambda one: one[0])
+    return tuple(replace(point, number=number) for number, (_, point) in enumerate(found, start=1))
+
+
+def _points_of(run: StoredRun) -> Iterator[tuple[tuple[str, int], Point]]:
+    """Yield a run's points, each with its age; without a file, or with another version's card, it is none."""
+    for file in (run.path / "artifacts").glob("*.onnx.json"):
+        artifact = file.with_suffix("")
+        try:
+            card = json.loads(file.read_text())
+            point = Point(0, run, Recipe(**card["recipe"]), artifact, card, earlier=True)
+            _line(point.row(Mark()))  # a card that lacks a figure must not stop every bench on this store
+            age = card["when"], artifact.stat().st_mtime_ns
+        except (OSError, ValueError, TypeError, LookupError):
+            continue
+        yield age, point
 
 
 def words(row: Row) -> str:
