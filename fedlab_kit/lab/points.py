@@ -13,7 +13,7 @@ from fedlab_kit.experiment import Recipe
 from fedlab_kit.lab.canvas import html_table, human_bytes, human_ms, percent
 from fedlab_kit.lab.marks import Mark, Marks
 from fedlab_kit.lab.wording import moment, origin
-from fedlab_kit.run import Run, StoredRun
+from fedlab_kit.run import StoredRun
 from fedlab_kit.sweep import MEASURED
 
 Row = dict[str, Any]
@@ -72,15 +72,15 @@ class Points:
         self.asked: tuple[int, ...] = ()
         self.current: Point | None = None
 
-    def add(self, run: Run, recipe: Recipe, artifact: Artifact, earlier: bool = False) -> None:
+    def add(self, run: StoredRun, recipe: Recipe, artifact: Artifact) -> None:
         """Put an artifact at the end, or in the place of its like, and make it the current point."""
         before = self.find(run, recipe)
         number = before.number if before else len(self.all) + 1
-        point = Point(number, run, recipe, artifact.path, artifact.card, earlier, artifact)
+        point = Point(number, run, recipe, artifact.path, artifact.card, False, artifact)
         self.all = (*self.all[: number - 1], point, *self.all[number:])
         self.show(point)
 
-    def find(self, run: Run, recipe: Recipe) -> Point | None:
+    def find(self, run: StoredRun, recipe: Recipe) -> Point | None:
         """The point of this run and recipe, if it was measured before."""
         key = f"{run.key}/{slug(recipe)}"
         return next((point for point in self.all if point.key == key), None)
