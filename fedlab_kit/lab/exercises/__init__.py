@@ -21,23 +21,20 @@ class Hint(Exception):
     """What to think about next, for an answer that is not right yet: one sentence or two."""
 
 
-def check(name: str, answer: Any) -> bool:
-    """Print a confirmation or a hint for an answer to the exercise `name`, "01-2" say; return whether it is right.
+def check(name: str, answer: Any) -> None:
+    """Print a confirmation or a hint for an answer to the exercise `name`, "01-2" say.
 
-    No answer, whatever its type or value, raises an error. ValueError lists the exercises if there is none of
-    that name.
+    Nothing is returned, so that the cell shows the verdict alone. No answer, whatever its type or value, raises an
+    error. ValueError lists the exercises if there is none of that name.
     """
     grade = _lookup(name)
     if _empty(answer):
         print(f"{name}: no answer yet. Put yours in place of the dots and run the cell again.")
-        return False
+        return
     try:
-        praise = grade(answer)
+        print(f"{name}: right. {grade(answer)}")
     except Hint as hint:
         print(f"{name}: not yet. {hint}")
-        return False
-    print(f"{name}: right. {praise}")
-    return True
 
 
 def exercise(name: str) -> Callable[[Grade], Grade]:
