@@ -84,7 +84,7 @@ def accuracy_against(
     if best := front(_place(point, axis) for point in shown):
         axes.step(*zip(*best, strict=True), where="post", color=GREY, linewidth=1.2, zorder=1, label="Pareto front")
     if any(point.get("earlier") for point in shown):
-        axes.plot([], [], "o", color=GREY, fillstyle="none", alpha=0.6, markersize=5, label="measured earlier")
+        axes.plot([], [], "o", color=GREY, fillstyle="none", alpha=0.6, markersize=5, label="measured\nearlier")
     if current is not None and _positive(points[current].get(axis)):
         ring: dict[str, Any] = {"markersize": 14, "markeredgewidth": 2, "fillstyle": "none"}
         axes.plot(*_place(points[current], axis), "o", color=GREY, **ring)
