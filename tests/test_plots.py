@@ -164,6 +164,11 @@ def test_bubbles_have_areas_in_proportion_to_the_samples():
     assert figure.axes[0].get_title(loc="right") == "Largest bubble: 20 samples"
 
 
+def test_bubbles_carry_the_names_of_clients_that_are_sites():
+    figure = plots.label_counts([[10, 0], [5, 20]], ["cat", "dog"], ["north", "south"])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["north", "south"]
+
+
 def test_the_worst_client_is_marked_and_the_mean_drawn():
     figure = plots.client_accuracy([0.9, 0.6, 0.75], [0.8, 0.5, 0.7], [1, 0.7, 0.8], ["north", "south", "east"])
     axes = figure.axes[0]

@@ -18,7 +18,8 @@ def labels_held(e: Experiment) -> str:
     dataset = load(e.dataset)
     shards = partition(dataset, e.partition, e.clients, e.alpha, e.seed)
     counts = label_counts(dataset.train.y, shards, len(dataset.classes)).tolist()
-    return to_html(clients.label_counts(counts, dataset.classes), clients.describe_labels(counts, dataset.classes))
+    figure = clients.label_counts(counts, dataset.classes, client_names(e))
+    return to_html(figure, clients.describe_labels(counts, dataset.classes))
 
 
 def accuracy_of_each(e: Experiment, record: RoundRecord) -> str:

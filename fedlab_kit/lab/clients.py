@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 FEW = 30  # clients that can have a bubble or a name each
 
 
-def label_counts(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Draw who holds which labels: counts is [clients, classes].
+def label_counts(counts: Sequence[Sequence[int]], classes: Sequence[str], names: Sequence[str] = ()) -> Figure:
+    """Draw who holds which labels: counts is [clients, classes]; clients without `names` are numbered.
 
     Up to 30 clients are bubbles, area by samples; more are bars in a row per label, height by samples.
     """
     figure, axes = canvas(right=0.03, left=0.22 if max(map(len, classes)) > 3 else 0.11)
     axes.set(xlabel="Client", ylabel="Label", xlim=(-0.7, len(counts) - 0.3), ylim=(-0.7, len(classes) - 0.3))
     axes.set_yticks(range(len(classes)), classes)
-    whole_numbers(axes)
+    axes.set_xticks(range(len(names)), names) if names else whole_numbers(axes)
     cells = [(k, c, n) for k, row in enumerate(counts) for c, n in enumerate(row) if n]
     largest = max(n for *_, n in cells)
     width, height = axes.get_position().size * figure.get_size_inches() * 72
@@ -37,7 +37,7 @@ def label_counts(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Fig
         tops = [foot + 0.85 * value / largest for foot, value in zip(feet, n, strict=True)]
         axes.vlines(x, feet, tops, color=BLUE, linewidth=0.75 * step)
     what = "Largest bubble" if len(counts) <= FEW else "Tallest bar"
-    axes.set_title(f"{what}: {largest} samples", color=GREY, fontsize=8, loc="right", pad=2)
+    axes.set_title(f"{what}: {largest} samples", color=GREY, fontsize=8, loc="right", pad=0)
     return figure
 
 
