@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlab_kit.wire import CODECS, Codec, PayloadError, codec, compensate, make, pack, unpack
-from fedlab_kit.wire.steps import pack_count, pack_positions, unpack_count, unpack_positions
+from fedlab_kit.wire import CODECS, Bits, Codec, PayloadError, codec, compensate, make, pack, unpack, unpack_all
+from fedlab_kit.wire.steps import pack_count, pack_positions, pack_scales, unpack_count, unpack_positions
 
 BUILT_IN = ("fp32", "fp16", "int8", "int4", "ternary", "sign", "topk", "stc")
 DENSE = BUILT_IN[:6]
@@ -423,18 +423,29 @@ def test_damage_and_strangers_are_refused_with_a_reason() -> None:
             unpack(payload, one, size=100)
 
 
+def test_bits_come_whole_and_with_padding_of_zeros() -> None:
+    mask = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0, 1, 1])
+    body = Bits().encode(mask, rng())
+    assert body == bytes([0b10011010, 0b11000000]) and torch.equal(Bits().decode(body, 10), mask)
+    for wrong, reason in ((b"\x9a\xc1", "padding"), (b"\x9a", "2 bytes"), (body + b"\0", "2 bytes")):
+        with pytest.raises(PayloadError, match=reason):
+            Bits().decode(wrong, 10)
+    with pytest.raises(PayloadError, match="padding"):
+        make("sign").decode(pack_scales(np.ones(1, np.float32), up=True) + b"\x9a\xc1", 10)
+
+
 def test_frames_follow_one_another() -> None:
     one = make("fp32")
     first, second = (pack(one, noise(10, seed), samples=6, rng=rng()) for seed in (1, 2))
-    samples, vectors = unpack(first + second, one, size=10, count=2)
+    samples, vectors = unpack_all(first + second, [(one, 10)] * 2)
     assert samples == 6
     assert torch.equal(torch.stack(vectors), torch.stack([noise(10, 1), noise(10, 2)]))
     for payload, count in ((first, 2), (first + second, 1), (first + second, 3)):
         with pytest.raises(PayloadError):
-            unpack(payload, one, size=10, count=count)
+            unpack_all(payload, [(one, 10)] * count)
     other = pack(one, noise(10), samples=7, rng=rng())
     with pytest.raises(PayloadError, match="6 and 7 samples"):
-        unpack(first + other, one, size=10, count=2)
+        unpack_all(first + other, [(one, 10)] * 2)
 
 
 def bombs() -> dict[str, bytes]:

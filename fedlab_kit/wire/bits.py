@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .codec import Codec
-from .steps import PayloadError
+from .steps import unpack_bits
 
 
 class Bits(Codec):
@@ -21,9 +21,7 @@ class Bits(Codec):
 
     def decode(self, body: bytes, size: int) -> Tensor:
         """Zeros and ones as float32."""
-        if len(body) != self.limit(size):
-            raise PayloadError(f"the body must be {self.limit(size)} bytes long, got {len(body)}")
-        return torch.from_numpy(np.unpackbits(np.frombuffer(body, np.uint8), count=size).astype(np.float32))
+        return torch.from_numpy(unpack_bits(body, size).astype(np.float32))
 
     def limit(self, size: int) -> int:
         """Exactly this many bytes."""

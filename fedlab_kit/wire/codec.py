@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -89,15 +89,8 @@ def codec(name: str, *, id: int | None = None) -> Callable[[AnyCodec], AnyCodec]
     return register
 
 
-def make(
-    name: str,
-    *,
-    keep: float = 0.01,
-    bucket: int = 512,
-    rounding: Rounding = "stochastic",
-    values: str = "fp16",
-) -> Codec:
-    """The codec of a name with its settings; ValueError names the field, the value and what is allowed."""
+def make(name: str, **settings: Any) -> Codec:
+    """The codec of a name with the settings of `Codec`; ValueError names the field, the value and what is allowed."""
     if name not in CODECS:
         raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {name!r}")
-    return CODECS[name](keep, bucket, rounding, values)
+    return CODECS[name](**settings)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .codec import Codec, codec
-from .steps import PayloadError, digits_bytes, pack_digits, pack_scales, unpack_digits, unpack_scales
+from .steps import digits_bytes, exactly, pack_digits, pack_scales, unpack_bits, unpack_digits, unpack_scales
 
 Floats = NDArray[np.float32]
 
@@ -33,9 +33,7 @@ class FP32(Codec):
 
     def decode(self, body: bytes, size: int) -> Tensor:
         """The numbers as they came, NaN and infinity included: `unpack` refuses those."""
-        if len(body) != self.limit(size):
-            raise PayloadError(f"the body must be {self.limit(size)} bytes long, got {len(body)}")
-        return torch.frombuffer(bytearray(body), dtype=self.dtype).float()
+        return torch.frombuffer(bytearray(exactly(body, self.limit(size))), dtype=self.dtype).float()
 
     def bound(self, vector: Tensor) -> Tensor:
         """Nothing is lost."""
@@ -145,13 +143,9 @@ class Sign(Rounded):
 
     def decode(self, body: bytes, size: int) -> Tensor:
         """Sign times scale."""
-        if len(body) != self.limit(size):
-            raise PayloadError(f"the body must be {self.limit(size)} bytes long, got {len(body)}")
         scale = _spread(body, self.bucket, size)
-        bits = np.unpackbits(np.frombuffer(body, np.uint8, offset=2 * -(-size // self.bucket)))
-        if bits[size:].any():
-            raise PayloadError("the padding after the signs is not zero")
-        return torch.from_numpy(np.where(bits[:size], scale, -scale))
+        plus = unpack_bits(body[2 * -(-size // self.bucket) :], size)
+        return torch.from_numpy(np.where(plus, scale, -scale))
 
     def bound(self, vector: Tensor) -> Tensor:
         """The distance to the farther (stochastic) or the nearer (nearest) of plus and minus the scale."""

@@ -33,9 +33,9 @@ def pack(codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator
     return _frame(codec, codec.encode(vector, rng), samples, zstd)
 
 
-def unpack(payload: bytes, codec: Codec, *, size: int, count: int = 1) -> tuple[int, list[Tensor]]:
-    """Read exactly `count` frames of `size` numbers each: (samples, vectors). PayloadError says why not."""
-    return unpack_all(payload, [(codec, size)] * count)
+def unpack(payload: bytes, codec: Codec, *, size: int) -> tuple[int, list[Tensor]]:
+    """Read one frame of `size` numbers: (samples, [vector]). PayloadError says why not."""
+    return unpack_all(payload, [(codec, size)])
 
 
 def unpack_all(payload: bytes, schema: Sequence[tuple[Codec, int]]) -> tuple[int, list[Tensor]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .codec import CODECS, Codec, Rounding, codec, make
+from .codec import CODECS, Codec, codec, make
 from .steps import pack_count, pack_positions, unpack_count, unpack_positions
 
 
@@ -18,12 +20,12 @@ class TopK(Codec):
     The codec `values` packs them. What is left out is lost unless error feedback brings it back.
     """
 
-    def __init__(self, keep: float, bucket: int, rounding: Rounding, values: str) -> None:
-        super().__init__(keep, bucket, rounding, values)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         allowed = [name for name, cls in CODECS.items() if not issubclass(cls, TopK)]
-        if values not in allowed:
-            raise ValueError(f"values must be one of {', '.join(allowed)}, got {values!r}")
-        self.inner = make(values, bucket=bucket, rounding=rounding)
+        if self.values not in allowed:
+            raise ValueError(f"values must be one of {', '.join(allowed)}, got {self.values!r}")
+        self.inner = make(self.values, bucket=self.bucket, rounding=self.rounding)
 
     def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
         """How many, where (Rice-coded gaps or a bitmap, whichever is shorter), and the values."""
@@ -74,5 +76,5 @@ class STC(TopK):
     entries sent, not of all. Needs error feedback.
     """
 
-    def __init__(self, keep: float, bucket: int, rounding: Rounding, values: str) -> None:
-        super().__init__(keep, bucket=2**31, rounding="nearest", values="sign")
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "bucket": 2**31, "rounding": "nearest", "values": "sign"})

@@ -47,9 +47,7 @@ def pack_digits(digits: Array, base: int) -> bytes:
 def unpack_digits(body: bytes, base: int, size: int) -> NDArray[np.uint8]:
     """Exactly `size` digits of `pack_digits`."""
     width = _width(base)
-    packed = np.frombuffer(body, np.uint8)
-    if len(packed) != digits_bytes(size, base):
-        raise PayloadError(f"{digits_bytes(size, base)} bytes of values must come, got {len(packed)}")
+    packed = np.frombuffer(exactly(body, digits_bytes(size, base)), np.uint8)
     if packed.size and int(packed.max()) >= base**width:
         raise PayloadError(f"a byte holds {packed.max()}, the most is {base**width - 1}")
     digits = _digit_table(base)[packed].reshape(-1)
@@ -77,6 +75,21 @@ def _digit_table(base: int) -> NDArray[np.uint8]:
     width = _width(base)
     powers = base ** np.arange(width - 1, -1, -1)
     return (np.arange(base**width)[:, None] // powers % base).astype(np.uint8)
+
+
+def unpack_bits(body: bytes, size: int) -> NDArray[np.uint8]:
+    """Exactly `size` bits of `np.packbits`, whose last byte is padded with zeros."""
+    bits = np.unpackbits(np.frombuffer(exactly(body, -(-size // 8)), np.uint8))
+    if bits[size:].any():
+        raise PayloadError("the padding after the bits is not zero")
+    return bits[:size]
+
+
+def exactly(body: bytes, length: int) -> bytes:
+    """The body itself, if it is as long as it must be."""
+    if len(body) != length:
+        raise PayloadError(f"{length} bytes of values must come, got {len(body)}")
+    return body
 
 
 def pack_positions(positions: NDArray[np.int64], size: int) -> bytes:
