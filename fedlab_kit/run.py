@@ -18,7 +18,6 @@ from fedlab_kit.data import Dataset, load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.task import task
-from fedlab_kit.statistics import wilson
 from fedlab_kit.wire.privacy import epsilon
 
 
@@ -131,9 +130,7 @@ class Run(StoredRun):
     def test(self) -> tuple[float, float, float]:
         """Return accuracy, low and high (95 %) on the test split, which nothing else opens."""
         job = task(self.experiment)
-        result = job.evaluate(self.weights, job.dataset.test)
-        hits, total = sum(result.correct), sum(result.total)
-        return hits / total, *wilson(hits, total)
+        return job.evaluate(self.weights, job.dataset.test).accuracy()
 
 
 def status(experiment: Experiment, records: Sequence[RoundRecord]) -> str:

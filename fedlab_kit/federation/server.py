@@ -17,8 +17,7 @@ from fedlab_kit.federation.masking import adjusts, first_mask, next_mask
 from fedlab_kit.federation.messages import Answer, Broadcast, open_payload, pack_broadcast, seen
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.strategies import Slots, mean
-from fedlab_kit.federation.task import Task, chance, task
-from fedlab_kit.statistics import wilson
+from fedlab_kit.federation.task import Evaluation, Task, chance, task
 from fedlab_kit.wire import PayloadError
 from fedlab_kit.wire.privacy import poisson_sample
 
@@ -107,19 +106,29 @@ def server_step(
     it is. `silent` says why a client sent nothing; the record lists it among the refused. The record's `seconds` are
     left 0 for the loop to fill in.
     """
-    experiment, job = state.experiment, task(state.experiment)
+    job = task(state.experiment)
     answers, refused = _receive(job, state, payloads)
     refused = tuple(sorted((*refused, *silent.items())))
     weights, slots = combine(job, state.round + 1, state.weights, state.slots, answers)
     heard = _heard(slots, list(answers), [client for client, _ in refused])
     weights, slots = _prune(job, state, answers, weights, heard)
-    result = job.evaluate(weights, job.dataset.validation)
-    finite = isfinite(result.loss) and (bool(answers) or any(payloads.values()) or not payloads)
-    hits, total = sum(result.correct), sum(result.total)
-    low, high = wilson(hits, total)
-    record = RoundRecord(
+    record = _record(state, payloads, tuple(answers), refused, job.evaluate(weights, job.dataset.validation))
+    return replace(state, round=record.round, weights=weights, slots=slots, sent={}), record
+
+
+def _record(
+    state: ServerState,
+    payloads: Mapping[int, bytes],
+    answered: tuple[int, ...],
+    refused: tuple[tuple[int, str], ...],
+    result: Evaluation,
+) -> RoundRecord:
+    """Return the record of the round that follows `state`."""
+    accuracy, low, high = result.accuracy()
+    finite = isfinite(result.loss) and (bool(answered) or any(payloads.values()) or not payloads)
+    return RoundRecord(
         round=state.round + 1,
-        accuracy=hits / total,
+        accuracy=accuracy,
         low=low,
         high=high,
         loss=result.loss if finite else None,
@@ -129,13 +138,12 @@ def server_step(
         cohort=tuple(state.sent),
         uplinks=tuple(len(payloads.get(client, b"")) for client in state.sent),
         downlinks=tuple(state.sent.values()),
-        answered=tuple(answers),
+        answered=answered,
         correct=result.correct,
         total=result.total,
         refused=refused,
-        note=_note(experiment, finite, bool(answers)),
+        note=_note(state.experiment, finite, bool(answered)),
     )
-    return replace(state, round=record.round, weights=weights, slots=slots, sent={}), record
 
 
 def _note(experiment: Experiment, finite: bool, anybody: bool) -> str:

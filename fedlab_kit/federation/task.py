@@ -23,6 +23,7 @@ from fedlab_kit.federation.flat import FlatModel
 from fedlab_kit.federation.stacked import Stack
 from fedlab_kit.models import build
 from fedlab_kit.partition import partition
+from fedlab_kit.statistics import wilson
 
 OUTCOMES: dict[Experiment, Tensor] = {}
 """Final weights [P] of experiments that others start from or learn from; `rounds` and `train` fill it."""
@@ -117,6 +118,11 @@ class Evaluation:
     correct: tuple[int, ...]
     total: tuple[int, ...]
     loss: float
+
+    def accuracy(self) -> tuple[float, float, float]:
+        """Return the share of hits in 0..1 and its 95 % interval: (accuracy, low, high)."""
+        hits, total = sum(self.correct), sum(self.total)
+        return hits / total, *wilson(hits, total)
 
 
 def strata(experiment: Experiment, split: Split) -> Tensor:

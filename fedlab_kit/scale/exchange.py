@@ -59,17 +59,9 @@ class GridExchange:
         replies = self._collect(waiting, stop)
         result = Exchanged({}, {}, dict.fromkeys(unreached, "not connected"), unreached)
         result.silent.update(dict.fromkeys(waiting.values(), f"no answer within {self.patience:g} s"))
-        for client, reply in replies.items():
-            fields = _fields(reply)
-            if isinstance(fields.get("payload"), bytes):
-                result.payloads[client] = fields["payload"]
-                if fields.get("keeps"):
-                    result.kept[client] = _known(experiment, round, client, broadcasts[client], kept[client])
-            elif "lost" in fields:
-                result.kept[client] = {"round": torch.tensor(0)}
-                result.silent[client] = "it no longer has what it kept, and begins anew"
-            elif "dropped" not in fields:
-                result.silent[client] = _first_line(fields.get("error", "an answer without a payload"))
+        for client, fields in replies.items():
+            if _enter(result, client, fields):
+                result.kept[client] = _known(experiment, round, client, broadcasts[client], kept[client])
         return result
 
     def _message(self, experiment: Experiment, round: int, client: int, broadcast: bytes, kept: ClientState) -> Message:
@@ -111,15 +103,15 @@ class GridExchange:
         elif not self.nodes and len(online) >= clients:
             self.nodes = dict(enumerate(sorted(online)))
 
-    def _collect(self, waiting: dict[str, int], stop: Event | None) -> dict[int, Message]:
-        """Return the replies by client; who has not answered in time stays in `waiting`."""
-        replies: dict[int, Message] = {}
+    def _collect(self, waiting: dict[str, int], stop: Event | None) -> dict[int, Mapping[str, Any]]:
+        """Return the fields of the replies by client; who has not answered in time stays in `waiting`."""
+        replies: dict[int, Mapping[str, Any]] = {}
         began = time.monotonic()
         while waiting and (passed := time.monotonic() - began) < self.patience:
             for reply in self.grid.pull_messages(list(waiting)):
                 client = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if client is not None:
-                    replies[client] = reply
+                    replies[client] = _fields(reply)
             if waiting:
                 _pause(min(0.5, 0.01 + passed / 20), stop)  # asking costs the server, waiting costs the round
         return replies
@@ -130,6 +122,19 @@ def _fields(reply: Message) -> Mapping[str, Any]:
     if reply.has_error():
         return {"error": reply.error.reason or f"Flower error {reply.error.code}"}
     return reply.content.config_records.get(RECORD, {})
+
+
+def _enter(result: Exchanged, client: int, fields: Mapping[str, Any]) -> bool:
+    """Put a reply into the result; return whether the client keeps something until the next round."""
+    if isinstance(fields.get("payload"), bytes):
+        result.payloads[client] = fields["payload"]
+        return bool(fields.get("keeps"))
+    if "lost" in fields:
+        result.kept[client] = {"round": torch.tensor(0)}
+        result.silent[client] = "it no longer has what it kept, and begins anew"
+    elif "dropped" not in fields:
+        result.silent[client] = _first_line(fields.get("error", "an answer without a payload"))
+    return False
 
 
 def _first_line(reason: object) -> str:
