@@ -153,46 +153,32 @@ def _fp16(graph: Any) -> Any:
 
 
 def _int8_dynamic(graph: Any) -> Any:
-    from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
     from onnxruntime.quantization.quant_utils import QuantizationMode
 
-    quantizer = ONNXQuantizer(
-        graph,
-        per_channel=True,
-        reduce_range=False,
-        mode=QuantizationMode.IntegerOps,
-        static=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,
-        tensors_range=None,
-        nodes_to_quantize=[],
-        nodes_to_exclude=[],
-        op_types_to_quantize=["MatMul"],
-        extra_options={"MatMulConstBOnly": True},
-    )
-    return quantizer.quantize_model()
+    options: dict[str, Any] = {"op_types_to_quantize": ["MatMul"], "extra_options": {"MatMulConstBOnly": True}}
+    mode: dict[str, Any] = {"mode": QuantizationMode.IntegerOps, "static": False, "tensors_range": None}
+    return _int8(ONNXQuantizer, graph, nodes_to_quantize=[], **mode, **options)
 
 
 def _int8_static(graph: Any, ranges: Ranges) -> Any:
-    from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
     known = {name: (np.array(low), np.array(high)) for name, (low, high) in ranges.items()}
-    quantizer = QDQQuantizer(
-        graph,
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, known),
-        nodes_to_quantize=_static_nodes(graph),
-        nodes_to_exclude=[],
-        op_types_to_quantize=list(STATIC),
-        extra_options=dict(STATIC_OPTIONS),
-    )
-    return quantizer.quantize_model()
+    options: dict[str, Any] = {"op_types_to_quantize": list(STATIC), "extra_options": dict(STATIC_OPTIONS)}
+    limits = TensorsData(CalibrationMethod.MinMax, known)
+    return _int8(QDQQuantizer, graph, nodes_to_quantize=_static_nodes(graph), tensors_range=limits, **options)
+
+
+def _int8(quantizer: Any, graph: Any, **options: Any) -> Any:
+    """Quantize weights to signed codes, each output channel on a scale of its own, and activations to unsigned ones."""
+    from onnxruntime.quantization import QuantType
+
+    types = {"weight_qType": QuantType.QInt8, "activation_qType": QuantType.QUInt8}
+    return quantizer(
+        graph, per_channel=True, reduce_range=False, nodes_to_exclude=[], **types, **options
+    ).quantize_model()
 
 
 @contextmanager
