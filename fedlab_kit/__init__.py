@@ -13,7 +13,7 @@ from fedlab_kit.federation.rounds import rounds
 from fedlab_kit.lab.exercises import check
 from fedlab_kit.lab.leaderboard import leaderboard
 from fedlab_kit.run import Run
-from fedlab_kit.runs import find, history
+from fedlab_kit.runs import find
 from fedlab_kit.scale.engines import train
 from fedlab_kit.sweep import sweep
 from fedlab_kit.wire import Codec, codec
@@ -38,7 +38,6 @@ __all__ = [
     "compress",
     "dataset",
     "find",
-    "history",
     "leaderboard",
     "model",
     "rounds",

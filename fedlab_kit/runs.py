@@ -21,7 +21,7 @@ from fedlab_kit.federation.rounds import Exchange, in_process, play
 from fedlab_kit.federation.server import start
 from fedlab_kit.federation.task import OUTCOMES
 from fedlab_kit.files import ROOT
-from fedlab_kit.run import Run, status
+from fedlab_kit.run import Run, StoredRun, status
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire import make
 
@@ -81,18 +81,21 @@ def find(experiment: Experiment) -> Run | None:
     return Run(experiment, folder.path, tuple(records), folder.measured(), True, state.weights.cpu())
 
 
-def history() -> list[dict[str, Any]]:
-    """Return the stored runs, newest first: key, experiment (non-default fields), rounds, accuracy, when, machine."""
-    found = []
-    for file in runs_folder().glob("*/experiment.json"):
+def history() -> tuple[tuple[StoredRun, ...], list[str]]:
+    """Return the stored runs that have a whole round, oldest first, and the folders that cannot be read."""
+    found, damaged = [], []
+    for file in sorted(runs_folder().glob("*/experiment.json")):
         folder = RunFolder(file.parent)
         try:
-            about, records = folder.about(), folder.records()
-        except (OSError, ValueError):
-            continue  # damaged, or being made at this moment: train says so when it is asked for
-        if records:
-            found.append({**about, "key": file.parent.name, "rounds": len(records), "accuracy": records[-1].accuracy})
-    return sorted(found, key=lambda run: run["when"], reverse=True)
+            experiment = Experiment(**folder.about()["experiment"])
+            run = StoredRun(experiment, folder.path, tuple(folder.records()), folder.measured(), from_store=True)
+            age = run.measured["when"], file.stat().st_mtime_ns  # `when` has whole seconds; the file tells the rest
+        except (OSError, ValueError, TypeError, KeyError):
+            damaged.append(folder.path.name)
+            continue
+        if run.records:
+            found.append((age, run))
+    return tuple(run for _, run in sorted(found, key=lambda one: one[0])), damaged
 
 
 def runs_folder() -> Path:

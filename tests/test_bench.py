@@ -16,7 +16,7 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab import pictures
 from fedlab_kit.lab.bench import TEXT, Bench
 from fedlab_kit.lab.compressor import NO_RUN
-from fedlab_kit.lab.history import History
+from fedlab_kit.runs import history
 
 TINY = Experiment(model="logistic", clients=4, clients_per_round=2, rounds=3)
 
@@ -308,7 +308,7 @@ def test_the_default_has_a_use_for_each_of_its_three_knobs():
     assert not any(bench.controls[name].field.disabled for name in ("prune_ratio", "dtype", "temperature"))
 
 
-def test_two_hundred_random_interactions_never_get_it_stuck(live, tmp_path, runs_folder):
+def test_two_hundred_random_interactions_never_get_it_stuck(live, tmp_path):
     """A seeded person who presses and moves everything; afterwards a run and a point come as ever."""
     rng = random.Random(200)
     values = {
@@ -323,8 +323,9 @@ def test_two_hundred_random_interactions_never_get_it_stuck(live, tmp_path, runs
         runs.name: ["first", ""],
     }  # fmt: skip
     presses = [
-        live.run, live.stop, live.new_seed, live.compress, live.refresh, points.pin, points.hide, points.undo,
-        points.export, runs.rename, runs.hide, runs.use, *(shelf.widget.children[0].click for shelf in (runs, clients)),
+        live.run, live.stop, live.new_seed, live.compress, live.refresh,
+        *(button.click for button in points.buttons.values()), *(button.click for button in runs.buttons.values()),
+        *(shelf.widget.children[0].click for shelf in (runs, clients)),
     ]  # fmt: skip
     points.folder.value = str(tmp_path / "a")
     finished = set()
@@ -351,8 +352,8 @@ def test_two_hundred_random_interactions_never_get_it_stuck(live, tmp_path, runs
     live.run(block=True)
     assert shown(live).startswith("Finished") and spoken(live).split(": ")[1].endswith("weight 0.25 fp32")
     assert ("prune_ratio", 0.25) in live.points[-1].items() and finished and no_traceback(live)
-    kept = History(runs_folder)
-    assert finished <= {run.key for run in kept.runs if run.status == "finished"} and not kept.damaged
+    kept, damaged = history()
+    assert finished <= {run.key for run in kept if run.status == "finished"} and not damaged
 
 
 def no_traceback(bench: Bench) -> bool:

@@ -11,11 +11,10 @@ from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab import compressor as module
 from fedlab_kit.lab.compressor import NO_RUN, Compressor
-from fedlab_kit.lab.history import History
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.points import Points, said, table, words
 from fedlab_kit.run import Run, StoredRun
-from fedlab_kit.runs import runs_folder, train
+from fedlab_kit.runs import history, runs_folder, train
 from fedlab_kit.sweep import MEASURED
 
 TINY = Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2, rounds=1)
@@ -27,10 +26,9 @@ def run() -> Run:
     return train(TINY)
 
 
-def compressor_of(folder: Path | None = None, **options) -> Compressor:
-    """A compressor on a store, the test's own if none is named."""
-    folder = folder or runs_folder()
-    return Compressor(Points(Marks(folder), History(folder).runs), **options)
+def compressor_of(**options) -> Compressor:
+    """A compressor on the test's own store."""
+    return Compressor(Points(Marks(runs_folder()), history()[0]), **options)
 
 
 def settle(compressor: Compressor) -> Compressor:

@@ -21,7 +21,7 @@ ORDER = [
     "deployment.export", "deployment.convert", "deployment.score", "deployment.artifact", "deployment.evaluate",
     "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor", "deployment.stream",
     "deployment.maintain", "training", "sweep",
-    "lab.canvas", "lab.curve", "lab.clients", "lab.client_pictures", "lab.plots", "lab.marks", "lab.history",
+    "lab.canvas", "lab.curve", "lab.clients", "lab.client_pictures", "lab.plots", "lab.marks",
     "lab.wording", "lab.session",
     "lab.points", "lab.compressor", "lab.follow", "lab.report", "lab.export", "lab.leaderboard", "lab.desk",
     "lab.pictures", "lab.compare", "lab.control", "lab.controls", "lab.shelf", "lab.point_shelf", "lab.run_shelf",

@@ -8,12 +8,11 @@ import pytest
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab import session as module
-from fedlab_kit.lab.history import History
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.pictures import earlier_curves
 from fedlab_kit.lab.session import Session
 from fedlab_kit.lab.wording import difference
-from fedlab_kit.runs import train
+from fedlab_kit.runs import history, train
 from fedlab_kit.store import RunFolder
 
 TINY = Experiment(model="logistic", clients=4, clients_per_round=2, rounds=3)
@@ -166,7 +165,7 @@ def test_an_event_of_an_earlier_run_cannot_stop_a_later_one(session, monkeypatch
 def test_runs_of_earlier_benches_stand_before_those_of_this_one(runs_folder):
     first = train(TINY)
     train(TINY.replace(alpha=0.1))
-    session = finished(Session(earlier=History(runs_folder).runs), TINY.replace(seed=8))
+    session = finished(Session(earlier=history()[0]), TINY.replace(seed=8))
     assert [run.experiment.seed for run in session.known] == [7, 7, 8]
     finished(session)
     assert [run.key for run in session.known].count(first.key) == 1 and session.known[-1].from_store

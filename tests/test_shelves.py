@@ -9,10 +9,9 @@ import pytest
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab import client_shelf, compare
 from fedlab_kit.lab.bench import Bench
-from fedlab_kit.lab.history import History
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.shelf import Choice
-from fedlab_kit.runs import train
+from fedlab_kit.runs import history, train
 
 TINY = Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2, rounds=2)
 OTHER = TINY.replace(model="logistic", alpha=5.0)
@@ -148,7 +147,7 @@ def test_settings_that_have_no_control_are_taken_up_too():
 def test_two_runs_are_told_apart_by_their_names_or_by_what_differs(runs_folder):
     train(TINY)
     train(OTHER)
-    (one, other), marks = History(runs_folder).runs, Marks(runs_folder)
+    (one, other), marks = history()[0], Marks(runs_folder)
     assert compare.told_apart(one, other, marks) == "model mlp, alpha 0.5"
     assert compare.told_apart(other, one, marks) == "model logistic, alpha 5.0"
     marks.name(one.key, "first")
@@ -158,7 +157,7 @@ def test_two_runs_are_told_apart_by_their_names_or_by_what_differs(runs_folder):
 def test_the_table_of_runs_shows_the_last_and_counts_all(runs_folder):
     for alpha in (0.1, 0.5, 1.0, 2.0):
         train(TINY.replace(alpha=alpha))
-    runs, marks = History(runs_folder).runs, Marks(runs_folder)
+    runs, marks = history()[0], Marks(runs_folder)
     table = compare.runs_table(runs, marks, most=2)
     assert "The last 2 of 4 runs" in table and next(iter(rows(table))).endswith("alpha 2.0, rounds 2")
     assert compare.runs_table([], marks) == "<p>No run yet.</p>"
@@ -170,7 +169,7 @@ def test_values_that_are_settings_themselves_are_said_in_short(runs_folder):
     train(TINY.replace(teacher=teacher))
     train(TINY)
     marks = Marks(runs_folder)
-    one, other = (next(r for r in History(runs_folder).runs if r.experiment.teacher == t) for t in (teacher, None))
+    one, other = (next(r for r in history()[0] if r.experiment.teacher == t) for t in (teacher, None))
     table = rows(compare.comparison(one, other, ("with <b>", "without")))
     assert table["Teacher"] == ["dataset blobs, model mlp, clients 4, clients_per_round 2, rounds 1", "none"]
     assert "with &lt;b&gt;" in compare.comparison(one, other, ("with <b>", "without"))
@@ -179,7 +178,7 @@ def test_values_that_are_settings_themselves_are_said_in_short(runs_folder):
 
 def test_the_worst_client_is_not_looked_for_where_that_takes_long(runs_folder, monkeypatch):
     train(TINY)
-    run = History(runs_folder).runs[0]
+    run = history()[0][0]
     monkeypatch.setattr(compare, "MOST", 3)
     assert rows(compare.comparison(run, run, ("a", "b")))["Worst client"][0].startswith("not looked for among more")
     monkeypatch.undo()

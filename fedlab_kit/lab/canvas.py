@@ -37,6 +37,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def with_interval(share: float, low: float, high: float) -> str:
+    """Return a share in 0..1 with its interval, e.g. "87.4 % (95 % interval 82.1 % to 91.3 %)"."""
+    return f"{percent(share)} (95 % interval {percent(low)} to {percent(high)})"
+
+
 def three(value: float) -> str:
     """Return a number to three digits, without an exponent."""
     return f"{value:.0f}" if value >= 999.5 else f"{value:.3g}"

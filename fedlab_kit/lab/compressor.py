@@ -31,9 +31,10 @@ _WORKER = ThreadPoolExecutor(1, thread_name_prefix="compress")
 class Compressor:
     """Measures the newest recipe that it was asked for; everything else may be read at any moment.
 
-    `points` holds what was measured, `error` what went wrong last ("" if nothing did). `occupied` says whether a run
-    needs the processor more urgently than a preparation does, `failed` is called with the words of every error. An
-    artifact that the disk does not take is kept all the same, in a temporary folder, and the status says so.
+    `points` holds what was measured, `status` says what is going on in a sentence or two, `error` what went wrong last
+    ("" if nothing did). `occupied` says whether a run needs the processor more urgently than a preparation does,
+    `failed` is called with the words of every error. An artifact that the disk does not take is kept all the same, in
+    a temporary folder, and the status says so.
     """
 
     def __init__(
@@ -43,19 +44,13 @@ class Compressor:
         failed: Callable[[str], None] = lambda error: None,
     ) -> None:
         self.points = points
-        self.error = ""
+        self.status, self.error = NO_RUN, ""
         self._unstored = ""
         self._occupied, self._failed = occupied, failed
         self._lock, self._news = Lock(), Event()
-        self._said = NO_RUN
         self._asked: tuple[Run, Recipe] | None = None
         self._due = 0.0
         self._jobs = 0
-
-    @property
-    def status(self) -> str:
-        """What is going on, in a sentence or two."""
-        return self._said
 
     @property
     def busy(self) -> bool:
@@ -88,12 +83,13 @@ class Compressor:
 
     def prepare(self, experiment: Experiment) -> None:
         """Load the exporter and export the experiment's model once, untrained: that takes seconds the first time."""
-        self._say("Preparing the exporter, once: this takes some seconds.")
+        self.say("Preparing the exporter, once: this takes some seconds.")
         self._submit(self._prepare, experiment)
 
-    def refuse(self, reason: str) -> None:
-        """Say why nothing is measured."""
-        self._say(reason)
+    def say(self, text: str) -> None:
+        """Put something into the status."""
+        self.status = text
+        self._news.set()
 
     def watch(self, timeout: float) -> None:
         """Wait until something has changed since the last call, at most `timeout` seconds."""
@@ -111,7 +107,7 @@ class Compressor:
         except Exception as error:
             # Whatever it was, the person at the screen must see it: a thread's traceback goes nowhere in a notebook.
             self.error = complaint(error)
-            self._say(f"Error: {self.error}")
+            self.say(f"Error: {self.error}")
             self._failed(self.error)
         finally:
             with self._lock:
@@ -132,11 +128,11 @@ class Compressor:
             if point and self._open(point):
                 self.points.count(point)
                 continue
-            self._say(f"Measuring {slug(one).replace('-', ' ')}.")
+            self.say(f"Measuring {slug(one).replace('-', ' ')}.")
             self.points.add(run, one, self._made(run, one))
         if found := self.points.find(run, recipe):
             self.points.show(found)
-        self._say(self._outcome())
+        self.say(self._outcome())
 
     def _open(self, point: Point) -> Point | None:
         """Load the artifact of a point of an earlier bench; None when its files are no longer whole."""
@@ -164,11 +160,11 @@ class Compressor:
         if whole is None:
             raise StoreError(f"{point.path} is missing or altered: press Run with its settings to make it again")
         self.points.show(whole)
-        self._say(self._outcome())
+        self.say(self._outcome())
 
     def _do(self, doing: str, job: Callable[[], str]) -> None:
-        self._say(doing)
-        self._say(job())
+        self.say(doing)
+        self.say(job())
 
     def _outcome(self) -> str:
         current = self.points.current
@@ -183,13 +179,9 @@ class Compressor:
             alone = experiment.replace(teacher=None, start=None, start_recipe=None)
             untrained = Run(alone, Path(folder), (), {}, False, start(alone).weights)
             compress(untrained, Recipe(dtype="int8"))
-        self._say(self._outcome())
+        self.say(self._outcome())
 
     def _give_way(self) -> None:
         """Let a run under way go first: loading and exporting hold the interpreter that its rounds need."""
         while self._occupied() and self._asked is None and main_thread().is_alive():
             time.sleep(0.05)
-
-    def _say(self, text: str) -> None:
-        self._said = text
-        self._news.set()

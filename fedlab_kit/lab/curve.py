@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import BytesIO
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fedlab_kit.lab.canvas import BLUE, GREY, PIXELS_PER_INCH, canvas, img, percent, whole_numbers
 
@@ -14,26 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-class Measured(Protocol):
-    """What a curve needs of a `RoundRecord`."""
-
-    @property
-    def round(self) -> int: ...  # noqa: D102
-    @property
-    def accuracy(self) -> float: ...  # noqa: D102
-    @property
-    def low(self) -> float: ...  # noqa: D102
-    @property
-    def high(self) -> float: ...  # noqa: D102
+    from fedlab_kit.federation.record import RoundRecord
 
 
-Curve = tuple[str, Sequence[Measured]]
+Curve = tuple[str, "Sequence[RoundRecord]"]
 """A label and the records it stands for."""
 
 
 def accuracy_curve(
-    records: Sequence[Measured], earlier: Sequence[Curve] = (), rounds: int = 0, label: str = "this run"
+    records: Sequence[RoundRecord], earlier: Sequence[Curve] = (), rounds: int = 0, label: str = "this run"
 ) -> Figure:
     """Draw accuracy per round: the current run bold with its 95 % band, earlier runs in grey behind it.
 
@@ -48,7 +37,7 @@ def accuracy_curve(
     return figure
 
 
-def describe_curve(records: Sequence[Measured], earlier: Sequence[Curve] = (), rounds: int = 0) -> str:
+def describe_curve(records: Sequence[RoundRecord], earlier: Sequence[Curve] = (), rounds: int = 0) -> str:
     """Return what `accuracy_curve` shows, in words, for those who cannot see it."""
     if not records:
         return f"Accuracy per round: no round yet{_behind(earlier)}."
@@ -77,7 +66,7 @@ class LiveCurve:
         self._canvas.draw()
         self._background = self._canvas.copy_from_bbox(figure.bbox)
 
-    def to_html(self, records: Sequence[Measured], alt: str) -> str:
+    def to_html(self, records: Sequence[RoundRecord], alt: str) -> str:
         """Return the picture after these rounds, as `to_html` does for a figure."""
         self._canvas.restore_region(self._background)
         if records:
@@ -110,7 +99,7 @@ def _backdrop(earlier: Sequence[Curve], rounds: int) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _add_run(axes: Axes, records: Sequence[Measured]) -> list[Artist]:
+def _add_run(axes: Axes, records: Sequence[RoundRecord]) -> list[Artist]:
     """Draw the current run bold over its 95 % band."""
     x, y = _percent(records)
     low, high = [100 * record.low for record in records], [100 * record.high for record in records]
@@ -118,7 +107,7 @@ def _add_run(axes: Axes, records: Sequence[Measured]) -> list[Artist]:
     return [band, *axes.plot(x, y, color=BLUE, linewidth=2.2, marker="o", markersize=4)]
 
 
-def _percent(records: Sequence[Measured]) -> tuple[list[int], list[float]]:
+def _percent(records: Sequence[RoundRecord]) -> tuple[list[int], list[float]]:
     return [record.round for record in records], [100 * record.accuracy for record in records]
 
 

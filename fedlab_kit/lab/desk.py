@@ -12,12 +12,11 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.compressor import NO_RUN, Compressor
 from fedlab_kit.lab.export import export
-from fedlab_kit.lab.history import History
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.points import Point, Points
 from fedlab_kit.lab.session import Session
 from fedlab_kit.run import Run
-from fedlab_kit.runs import find, runs_folder
+from fedlab_kit.runs import find, history, runs_folder
 
 
 class Desk:
@@ -27,15 +26,17 @@ class Desk:
     """
 
     def __init__(self, recipe: Callable[[], Recipe], failed: Callable[[str], None]) -> None:
-        self._history, self.marks = History(runs_folder()), Marks(runs_folder())
-        self.points = Points(self.marks, self._history.runs)
-        self.session = Session(lambda run: self.compressor.ask(run, recipe()), failed, self._history.runs)
+        self.marks, (earlier, self._damaged) = Marks(runs_folder()), history()
+        self.points = Points(self.marks, earlier)
+        self.session = Session(lambda run: self.compressor.ask(run, recipe()), failed, earlier)
         self.compressor = Compressor(self.points, lambda: self.session.busy, failed)
 
     @property
     def store_error(self) -> str:
         """What of the store could not be read or written, "" if nothing."""
-        return "; ".join(filter(None, (self._history.error, self.marks.error)))
+        names = ", ".join(self._damaged[:3]) + (" and more" if len(self._damaged) > 3 else "")
+        left_out = f"{len(self._damaged)} stored run(s) cannot be read and are left out: {names}" if names else ""
+        return "; ".join(filter(None, (left_out, self.marks.error)))
 
     def train(self, experiment: Experiment, wrong: str = "") -> None:
         """Begin a run; what is `wrong` with its settings, or a run that is under way, is answered in the status."""
@@ -48,11 +49,11 @@ class Desk:
         """Measure a recipe on the last finished run when it has stood for `delay` seconds, or say why not."""
         finished = [run for run in self.session.runs if run.status == "finished"]
         if wrong:
-            self.compressor.refuse(f"Not measured: {wrong}.")
+            self.compressor.say(f"Not measured: {wrong}.")
         elif finished:
             self.compressor.ask(finished[-1], recipe, delay)
         else:
-            self.compressor.refuse(NO_RUN)
+            self.compressor.say(NO_RUN)
 
     def pin(self, name: str) -> None:
         """Name the current point; pinning again renames it."""

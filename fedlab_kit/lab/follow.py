@@ -65,5 +65,5 @@ class Follower:
         try:
             self.draw()
         except Exception as error:  # what cannot be drawn must not end the watch: the buttons depend on it
-            self._compressor.refuse(f"Not drawn: {type(error).__name__}: {error}")
+            self._compressor.say(f"Not drawn: {type(error).__name__}: {error}")
         return max(PAUSE, 4 * (perf_counter() - began)) if self._session.records else PAUSE

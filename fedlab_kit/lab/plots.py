@@ -23,6 +23,7 @@ from fedlab_kit.lab.canvas import (
     to_html,
     to_image,
     to_png,
+    with_interval,
 )
 from fedlab_kit.lab.clients import client_accuracy, label_counts
 from fedlab_kit.lab.curve import Curve, LiveCurve, accuracy_curve, describe_curve
@@ -128,8 +129,8 @@ def describe_points(points: Sequence[Mapping[str, Any]], axis: str = "bytes", cu
         return f"{what}: {count}."
     chosen = points[current]
     return (
-        f"{what}: {count}; the current one has {percent(chosen['accuracy'])} (95 % interval "
-        f"{percent(chosen['low'])} to {percent(chosen['high'])}) at {quantity.write(chosen[axis])}."
+        f"{what}: {count}; the current one has "
+        f"{with_interval(chosen['accuracy'], chosen['low'], chosen['high'])} at {quantity.write(chosen[axis])}."
     )
 
 

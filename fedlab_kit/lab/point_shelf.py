@@ -25,10 +25,12 @@ class PointShelf:
         self.name = widgets.Text(placeholder="of the current point", description="Name", **SHORT)
         self.folder = widgets.Text(value="my-model", description="Folder", **SHORT)
         self.buttons = {
-            "Pin": button("Pin", "Give the current point the name beside it", self.pin),
-            "Hide": button("Hide", "Take the current point out of plot and table", self.hide),
-            "Undo": button("Undo", "Take back the last Pin, Rename or Hide, of points and runs", self.undo),
-            "Export": button("Export", "Write the current point to the folder beside it, with a report", self.export),
+            "Pin": button("Pin", "Give the current point the name beside it", self._pin, follow),
+            "Hide": button("Hide", "Take the current point out of plot and table", desk.hide, follow),
+            "Undo": button(
+                "Undo", "Take back the last Pin, Rename or Hide, of points and runs", desk.marks.undo, follow
+            ),
+            "Export": button("Export", "Write the current point to the folder, with a report", self._export, follow),
         }
         *marks, export = self.buttons.values()
         rows = (widgets.HBox([self.name, *marks], layout=WRAP), widgets.HBox([self.folder, export], layout=WRAP))
@@ -40,25 +42,11 @@ class PointShelf:
             self._desk.compressor.choose(self.point.value)
             self._follow()
 
-    def pin(self) -> None:
-        """Give the current point the name in the field."""
+    def _pin(self) -> None:
         self._desk.pin(self.name.value)
-        self._follow()
 
-    def hide(self) -> None:
-        """Take the current point out of plot and table."""
-        self._desk.hide()
-        self._follow()
-
-    def undo(self) -> None:
-        """Take back the last name, or the last hiding, of a point or a run."""
-        self._desk.marks.undo()
-        self._follow()
-
-    def export(self) -> None:
-        """Write the current point to the folder in the field."""
+    def _export(self) -> None:
         self._desk.export_later(self.folder.value)
-        self._follow()
 
     def draw(self, dataset: str, table: str) -> None:
         """Show the table, and offer every point on the data set."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedlab_kit.deployment.artifact import Artifact, slug
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.lab.canvas import html_table, human_bytes, human_ms, percent
+from fedlab_kit.lab.canvas import html_table, human_bytes, human_ms, percent, with_interval
 from fedlab_kit.lab.marks import Mark, Marks
 from fedlab_kit.lab.wording import moment, origin
 from fedlab_kit.run import StoredRun
@@ -151,7 +151,7 @@ def words(row: Row) -> str:
 def said(row: Row) -> str:
     """Say what was measured on a point, and when."""
     text = (
-        f"{words(row)}: {percent(row['accuracy'])} (95 % interval {percent(row['low'])} to {percent(row['high'])}), "
+        f"{words(row)}: {with_interval(row['accuracy'], row['low'], row['high'])}, "
         f"{human_bytes(row['bytes'])}, {human_bytes(row['zstd_bytes'])} with zstd; "
         f"{origin(row['earlier'], row)}."
     )

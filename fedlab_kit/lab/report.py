@@ -10,7 +10,7 @@ from typing import Any
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.lab import plots
-from fedlab_kit.lab.canvas import human_bytes, human_ms, percent
+from fedlab_kit.lab.canvas import human_bytes, human_ms, percent, with_interval
 from fedlab_kit.lab.client_pictures import MOST, accuracy_of_each, labels_held
 from fedlab_kit.run import Run
 
@@ -51,8 +51,8 @@ def measured(artifact: Artifact, run: Run) -> dict[str, str]:
     test, about = artifact.card["test"], run.measured
     note = {"Note": artifact.note} if artifact.note else {}
     return {
-        "Accuracy on test": _with_interval(test["accuracy"], *test["interval"]),
-        "Accuracy on validation": _with_interval(artifact.accuracy, *artifact.interval),
+        "Accuracy on test": with_interval(test["accuracy"], *test["interval"]),
+        "Accuracy on validation": with_interval(artifact.accuracy, *artifact.interval),
         "File": f"{human_bytes(artifact.bytes)} ({artifact.bytes:,} bytes)",
         "File, compressed with zstd": f"{human_bytes(artifact.zstd_bytes)} ({artifact.zstd_bytes:,} bytes)",
         "Latency of one prediction": f"{human_ms(artifact.latency_ms)}, {artifact.threads} thread",
@@ -63,10 +63,6 @@ def measured(artifact: Artifact, run: Run) -> dict[str, str]:
         "SHA-256": artifact.digest,
         **note,
     }
-
-
-def _with_interval(share: float, low: float, high: float) -> str:
-    return f"{percent(share)} (95 % interval {percent(low)} to {percent(high)})"
 
 
 def _curve(run: Run) -> str:

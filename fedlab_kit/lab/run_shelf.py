@@ -22,37 +22,31 @@ class RunShelf:
     """Works on a desk; `take` gets the settings that are taken up again, `follow` has what was done shown."""
 
     def __init__(self, desk: Desk, take: Callable[[Experiment], object], follow: Callable[[], object]) -> None:
-        self._desk, self._take, self._follow = desk, take, follow
+        self._desk, self._take = desk, take
         self._shown: Any = None
         self.table, self.comparison, self.curve = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.run, self.other = Choice("Run", follow), Choice("compare with", follow)
         self.name = widgets.Text(placeholder="of the run above", description="Run name", **SHORT)
         self.buttons = {
-            "Rename run": button("Rename run", "Give the run the name beside it", self.rename),
-            "Hide run": button("Hide run", "Take the run and its points out of plots and tables", self.hide),
-            "Use its settings": button("Use its settings", "Put the run's settings into the controls", self.use),
+            "Rename run": button("Rename run", "Give the run the name beside it", self._rename, follow),
+            "Hide run": button("Hide run", "Take the run and its points out of plots and tables", self._hide, follow),
+            "Use its settings": button("Use its settings", "Put its settings into the controls", self._use, follow),
         }
         marks = widgets.HBox([self.name, *self.buttons.values()], layout=WRAP)
         rows = [self.table, self.run.field, marks, self.other.field, self.comparison, self.curve]
         self.widget = folded("all runs, and compare two", rows, follow)
 
-    def rename(self) -> None:
-        """Give the chosen run the name in the field."""
+    def _rename(self) -> None:
         if self.run.value:
             self._desk.marks.name(self.run.value, self.name.value)
-            self._follow()
 
-    def hide(self) -> None:
-        """Take the chosen run and its points out of sight, or bring them back."""
+    def _hide(self) -> None:
         if self.run.value:
             self._desk.hide_run(self.run.value)
-            self._follow()
 
-    def use(self) -> None:
-        """Put the settings of the chosen run into the controls; Run then takes it up again."""
+    def _use(self) -> None:
         if found := self._desk.settings(self.run.value):
             self._take(found)
-            self._follow()
 
     def draw(self) -> None:
         """Show the runs and the two that are compared, while unfolded."""

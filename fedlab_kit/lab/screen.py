@@ -62,7 +62,7 @@ class Screen:
         presses: Mapping[str, Callable[[], object]],
         follow: Callable[[], object],
     ) -> None:
-        self.run = button("Run", "Train with these settings", presses["Run"], "primary")
+        self.run = button("Run", "Train with these settings", presses["Run"], style="primary")
         self.stop = button("Stop", "End the run before its next batch", presses["Stop"])
         self.seed = button("New seed", "Run again with other random choices", presses["New seed"])
         self.points, self.runs, self.clients = (

@@ -15,8 +15,8 @@ SHORT: dict[str, Any] = {"style": {"description_width": "95px"}, "layout": {"wid
 GRACE = 0.05  # seconds
 
 
-def button(name: str, tooltip: str, action: Callable[[], object], style: str = "") -> Any:
-    """Return a named button.
+def button(name: str, tooltip: str, *actions: Callable[[], object], style: str = "") -> Any:
+    """Return a named button that does some actions one after the other.
 
     Whoever types a value and presses a button means that value. JupyterLab sends the first message of every widget to
     the kernel's main thread and later ones to another, so the value may come after the press: it gets a moment's grace.
@@ -24,13 +24,14 @@ def button(name: str, tooltip: str, action: Callable[[], object], style: str = "
     made = widgets.Button(
         description=name, tooltip=tooltip, button_style=style, layout={"width": "auto", "min_width": "64px"}
     )
-    made.on_click(lambda _: _press(action))
+    made.on_click(lambda _: _press(actions))
     return made
 
 
-def _press(action: Callable[[], object]) -> None:
+def _press(actions: Sequence[Callable[[], object]]) -> None:
     sleep(GRACE)
-    action()
+    for action in actions:
+        action()
 
 
 class Choice:

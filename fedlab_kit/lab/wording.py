@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.lab.canvas import percent
+from fedlab_kit.lab.canvas import with_interval
 from fedlab_kit.run import Run
 from fedlab_kit.settings import Settings
 
@@ -21,7 +21,7 @@ def outcome(run: Run) -> str:
     rounds, asked = len(run.records), run.experiment.rounds
     if not rounds:
         return "Stopped before the first round ended. Run starts again."
-    reached = f"{percent(run.accuracy)} (95 % interval {percent(run.interval[0])} to {percent(run.interval[1])})"
+    reached = with_interval(run.accuracy, *run.interval)
     seconds = f"{run.measured['seconds']:.1f} s"
     if run.status == "diverged":
         reason = run.note or "the loss is no longer a number"
