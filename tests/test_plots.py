@@ -31,7 +31,7 @@ def texts(figure) -> list[str]:
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (87_360, "87.4 kB"), (999_700, "1 MB"), (2_340_000_000, "2.34 GB")],
 )
 def test_bytes_are_written_for_people(count, text):
-    assert plots.human_bytes(count) == text
+    assert canvas.human_bytes(count) == text
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def pixels(tag: str) -> np.ndarray:
 
 
 def test_a_live_curve_shows_each_state_afresh():
-    live = plots.LiveCurve([("alpha 0.1", records(0.1, 0.4))], rounds=20)
+    live = curve.LiveCurve([("alpha 0.1", records(0.1, 0.4))], rounds=20)
     one, two = live.to_html(records(0.2), "one"), live.to_html(records(0.2, 0.5), "two")
     assert one.startswith('<img alt="one" width="560"') and pixels(one).shape == (340, 560, 4)
     assert (pixels(one) != pixels(two)).any()
@@ -83,7 +83,7 @@ def test_a_live_curve_draws_what_the_figure_draws():
     figure = plots.accuracy_curve(rounds, earlier, 20)
     figure.set_dpi(100)
     whole = np.asarray(Image.open(io.BytesIO(plots.to_png(figure)))).astype(int)
-    live = pixels(plots.LiveCurve(earlier, 20).to_html(rounds, "")).astype(int)
+    live = pixels(curve.LiveCurve(earlier, 20).to_html(rounds, "")).astype(int)
     x = slice(0, int(0.18 * 560))  # left of the current run's own label, which stands elsewhere
     assert np.abs(whole - live)[:, x].max() <= 20  # smoothed edges over the grid, which is drawn earlier here
     assert len(np.unique(whole[:, x])) > 50

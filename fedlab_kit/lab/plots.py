@@ -18,7 +18,6 @@ from fedlab_kit.lab.canvas import (
     canvas,
     human_bytes,
     human_ms,
-    percent,
     three,
     to_html,
     to_image,
@@ -26,7 +25,7 @@ from fedlab_kit.lab.canvas import (
     with_interval,
 )
 from fedlab_kit.lab.clients import client_accuracy, label_counts
-from fedlab_kit.lab.curve import Curve, LiveCurve, accuracy_curve, describe_curve
+from fedlab_kit.lab.curve import accuracy_curve, describe_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,16 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AXES",
-    "Curve",
-    "LiveCurve",
     "accuracy_against",
     "accuracy_curve",
     "client_accuracy",
     "describe_curve",
     "describe_points",
-    "human_bytes",
     "label_counts",
-    "percent",
     "to_html",
     "to_image",
     "to_png",
@@ -157,14 +152,15 @@ def _groups(points: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Ma
 
 
 def _log_scale(axes: Axes, values: list[float], quantity: Axis) -> None:
-    """Scale x by its logarithm, at least a factor of four wide, with ticks at 1, 2, 5 written in `quantity`'s unit."""
+    """Scale x by its logarithm, at least a factor of four wide, with two ticks or more in `quantity`'s unit."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = (min(values), max(values)) if values else (1e3, 1e6)
     margin = max(1.25, math.sqrt(4 * low / high))
     axes.set_xscale("log")
     axes.set_xlim(low / margin, high * margin)
-    subs = (1.0, 2.0, 5.0) if high * margin < 50 * low / margin else (1.0,)
+    reach = margin**2 * high / low
+    subs = (1.0, 2.0, 5.0) if reach < 50 else (1.0, 3.0) if reach < 1000 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity.write(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
