@@ -150,7 +150,7 @@ def test_a_point_in_words_and_in_the_table(tmp_path):
     assert "<td>now</td>" in text and "<td>2026-11-22 15:46 UTC</td>" in text and "on Linux x86_64, 2 cores" in text
     assert "&lt;mine&gt;" in text and text.index("2: ") < text.index("1: ")
     assert text.count("<tr") == 3 and text.count("aria-current") == 1
-    assert "The last 1 of 2 points" in table([first, second], 2, most=1) and table([], None) == ""
+    assert "The last 6 of 7 points" in table([first] * 6 + [second], 2) and table([], None) == ""
 
 
 def test_points_of_earlier_benches_are_there_and_answered_from_their_files(run, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.files import StoreError
+from fedlab_kit.lab import pictures
 from fedlab_kit.lab import session as module
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.pictures import earlier_curves
@@ -134,17 +135,21 @@ def test_a_refusal_is_added_to_the_status_and_taken_back(session):
     assert session.status == "Ready: press Run."
 
 
-def test_earlier_runs_are_labelled_by_what_sets_them_apart(session, tmp_path):
+def test_earlier_runs_are_labelled_by_what_sets_them_apart(session, tmp_path, monkeypatch):
     marks = Marks(tmp_path)
     finished(session, TINY.replace(alpha=0.1))
     finished(session, TINY.replace(lr=0.5, alpha=0.1))
     finished(session)
-    assert [label for label, _ in earlier_curves(session, marks, "digits")] == ["alpha 0.1", "alpha 0.1, lr 0.5"]
-    assert [label for label, _ in earlier_curves(session, marks, "digits", most=1)] == ["alpha 0.1, lr 0.5"]
+    apart = ["alpha 0.1", "alpha 0.1, lr 0.5"]
+    assert [label for label, _ in earlier_curves(session, marks, TINY.replace(seed=8))] == apart
+    before = Session(earlier=session.runs)  # nothing was run here yet: what the controls say is the measure
+    assert [label for label, _ in earlier_curves(before, marks, TINY)] == [*apart, "these settings"]
+    monkeypatch.setattr(pictures, "BEHIND", 2)
+    assert [label for label, _ in earlier_curves(before, marks, TINY)] == [apart[1], "these settings"]
     marks.name(session.runs[0].key, "skewed")
     marks.hide(session.runs[1].key)
-    assert [label for label, _ in earlier_curves(session, marks, "digits")] == ["skewed"]
-    assert earlier_curves(session, marks, "mnist") == []
+    assert [label for label, _ in earlier_curves(session, marks, TINY)] == ["skewed"]
+    assert earlier_curves(before, marks, TINY.replace(dataset="mnist")) == []
 
 
 def test_difference_between_settings():

@@ -155,11 +155,15 @@ def test_two_runs_are_told_apart_by_their_names_or_by_what_differs(runs_folder):
 
 
 def test_the_table_of_runs_shows_the_last_and_counts_all(runs_folder):
-    for alpha in (0.1, 0.5, 1.0, 2.0):
+    for alpha in (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0):
         train(TINY.replace(alpha=alpha))
     runs, marks = history()[0], Marks(runs_folder)
-    table = compare.runs_table(runs, marks, most=2)
-    assert "The last 2 of 4 runs" in table and next(iter(rows(table))).endswith("alpha 2.0, rounds 2")
+    table = compare.runs_table(runs, marks)
+    assert (
+        "The last 6 of 7 runs" in table
+        and "alpha 0.05," not in table
+        and next(iter(rows(table))).endswith("alpha 2.0, rounds 2")
+    )
     assert compare.runs_table([], marks) == "<p>No run yet.</p>"
     assert rows(compare.comparison(runs[0], runs[0], ("a", "b")))["Settings"] == ["the same", "the same"]
 

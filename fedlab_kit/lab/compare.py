@@ -12,6 +12,7 @@ from fedlab_kit.lab.wording import difference, moment, origin
 from fedlab_kit.run import StoredRun
 from fedlab_kit.settings import Settings
 
+LAST = 6  # runs in the table
 MOST = 10_000  # clients among whom the worst is looked for: dealing out the samples takes seconds beyond
 
 
@@ -31,7 +32,7 @@ def run_option(run: StoredRun, marks: Marks) -> str:
     return f"{run_words(run, marks)}: {percent(run.accuracy)}, {moment(run.measured)}{hidden}"
 
 
-def runs_table(runs: Sequence[StoredRun], marks: Marks, most: int = 6) -> str:
+def runs_table(runs: Sequence[StoredRun], marks: Marks) -> str:
     """Return the last runs, newest first, as an HTML table."""
     if not runs:
         return "<p>No run yet.</p>"
@@ -45,7 +46,7 @@ def runs_table(runs: Sequence[StoredRun], marks: Marks, most: int = 6) -> str:
             human_bytes(run.uplink_bytes),
             moment(run.measured) if run.from_store else "now",
         ]
-        for run in reversed(seen[-most:])
+        for run in reversed(seen[-LAST:])
     ]
     hidden = f", {len(runs) - len(seen)} hidden" if len(seen) < len(runs) else ""
     return html_table(f"The last {len(rows)} of {len(runs)} runs{hidden}", heads, rows)

@@ -13,6 +13,8 @@ from fedlab_kit.lab.points import Points, table
 from fedlab_kit.lab.session import Session
 from fedlab_kit.lab.wording import difference, role
 
+BEHIND = 6  # earlier curves in a picture
+
 
 class CurvePicture:
     """Accuracy per round of a session: cheap pictures while a run is under way, a fine one when it has ended."""
@@ -26,7 +28,7 @@ class CurvePicture:
     def draw(self, session: Session, marks: Marks, asked: Experiment) -> str:
         """Return the picture; before the first run it is that of `asked`."""
         stage = session.stage or asked
-        records, earlier, rounds = session.records, earlier_curves(session, marks, stage.dataset), stage.rounds
+        records, earlier, rounds = session.records, earlier_curves(session, marks, asked), stage.rounds
         behind = tuple((label, len(curve)) for label, curve in earlier)
         now = (stage, len(records), behind, session.busy)
         if self._shown == now:
@@ -43,22 +45,23 @@ class CurvePicture:
         return self._html
 
 
-def earlier_curves(session: Session, marks: Marks, dataset: str, most: int = 6) -> list[Curve]:
-    """Return the latest runs on a data set besides the current one and hidden ones.
+def earlier_curves(session: Session, marks: Marks, asked: Experiment) -> list[Curve]:
+    """Return the latest runs on the data set of the current one, besides that and hidden ones.
 
-    Each is labelled by its name, or by what sets it apart from the current one.
+    Each is labelled by its name, or by what sets it apart from the current run; before the first, from what is `asked`.
     """
+    current = session.experiment or asked
     others = [
         run
         for run in session.known
-        if run.experiment != session.stage and run.experiment.dataset == dataset and not marks[run.key].hidden
+        if run.experiment != session.stage and run.experiment.dataset == current.dataset and not marks[run.key].hidden
     ]
-    return [(marks[run.key].name or _label(run.experiment, session.experiment), run.records) for run in others[-most:]]
+    return [(marks[run.key].name or _label(run.experiment, current), run.records) for run in others[-BEHIND:]]
 
 
-def _label(earlier: Experiment, current: Experiment | None) -> str:
+def _label(earlier: Experiment, current: Experiment) -> str:
     part = role(earlier, current)
-    return f"{part} {earlier.model}" if part else difference(earlier, current) or earlier.model
+    return f"{part} {earlier.model}" if part else difference(earlier, current) or "these settings"
 
 
 class ScatterPicture:

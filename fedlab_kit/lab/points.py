@@ -17,6 +17,7 @@ from fedlab_kit.run import StoredRun
 from fedlab_kit.sweep import MEASURED
 
 Row = dict[str, Any]
+LAST = 6  # points in the table
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,13 +159,13 @@ def said(row: Row) -> str:
     return f"{text} Note: {row['note']}." if row["note"] else text
 
 
-def table(rows: Sequence[Row], current: int | None, most: int = 6) -> str:
+def table(rows: Sequence[Row], current: int | None) -> str:
     """Return the last points, newest first, as an HTML table; the current one is bold."""
     if not rows:
         return ""
-    last = rows[: -most - 1 : -1]
+    last = rows[: -LAST - 1 : -1]
     where = ", ".join(sorted({row["machine"] for row in last}))
-    some = f"The last {most} of {len(rows)} points" if len(rows) > most else "All points"
+    some = f"The last {LAST} of {len(rows)} points" if len(rows) > LAST else "All points"
     heads = ("Point", "Accuracy", "File", "zstd", "Latency", "Measured")
     place = next((index for index, row in enumerate(last) if row["point"] == current), None)
     return html_table(f"{some}, measured on {where}", heads, map(_line, last), current=place)

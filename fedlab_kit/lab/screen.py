@@ -43,7 +43,7 @@ viewBox='0 0 18 18'%3E%3Cpath fill='%23808080' d='M4 6h10l-5 6z'/%3E%3C/svg%3E")
 .fedlab-points th, .fedlab-points td { text-align: left; padding: 2px 10px 2px 0; font-weight: 400; }
 .fedlab-points tbody th { min-width: 7em; }
 .fedlab-points td { white-space: nowrap; }
-.fedlab-points td:last-child { white-space: normal; }
+.fedlab-points td:last-child { white-space: normal; min-width: 6em; }
 .fedlab-points.fedlab-compared td { white-space: normal; }
 .fedlab-points thead th { color: var(--jp-ui-font-color2, #767676); }
 .fedlab-points .fedlab-current * { font-weight: 600; }
