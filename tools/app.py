@@ -4,6 +4,7 @@ PORT names the port, BROWSER=none keeps the browser closed.
 """
 
 import os
+import signal
 import socket
 import sys
 import webbrowser
@@ -36,6 +37,8 @@ def port_options(port: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # a script's background jobs ignore Ctrl-C unless they say otherwise
+        signal.signal(number, signal.default_int_handler)
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(APP), os.environ.get("JUPYTER_PATH")]))
     options = ["--Voila.ip=127.0.0.1", "--Voila.auto_token=True", "--Voila.log_level=ERROR", "--template=bench"]
     port = os.environ.get("PORT")

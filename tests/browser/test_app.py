@@ -17,8 +17,13 @@ ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = re.compile(r"(http://127\.0\.0\.1:\d+/)\?token=([0-9a-f]{32,})")
 
 
-@pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def ignore_interrupts() -> None:
+    """Begin as a script's background job does: whoever wants to hear of Ctrl-C must ask for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.fixture(scope="module", params=[signal.SIGTERM, signal.SIGINT], ids=["ended by kill", "ended by Ctrl-C"])
+def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Where the app answers, and its token."""
     home = tmp_path_factory.mktemp("app")
     folders = {name: str(home / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
@@ -27,14 +32,22 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     command = [sys.executable, "tools/app.py"]
     with (
         (home / "app.log").open("w") as log,
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            preexec_fn=ignore_interrupts,
+        ) as server,
     ):
         try:
             said = ADDRESS.search(server.stdout.readline())
             assert said, (home / "app.log").read_text()[-2000:]
             yield said[1], said[2]
-            server.send_signal(signal.SIGINT)
-            server.wait(timeout=20)
+            server.send_signal(request.param)
+            assert server.wait(timeout=20) == 0
         finally:
             server.kill()
 
