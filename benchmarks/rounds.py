@@ -155,7 +155,7 @@ def rounds_to_target(seed: int, target: float = 0.97) -> Row:
     began = time.perf_counter()
     for state, _ in play(start(experiment), {}):
         result = job.evaluate(state.weights, job.dataset.test)
-        accuracy = sum(result.correct) / sum(result.total)
+        accuracy, *_ = result.accuracy()
         if accuracy >= target:
             break
     seconds = time.perf_counter() - began

@@ -134,8 +134,10 @@ def test_accuracy_against_size_draws_the_front_the_names_and_the_current_point()
 
 
 def test_an_interval_that_rounding_has_turned_over_is_drawn():
-    plots.accuracy_against([{"bytes": 1e4, "accuracy": 1.0, "low": 0.9, "high": 1 - 1e-16}])
-    plots.accuracy_against([{"bytes": 1e4, "accuracy": 0.0, "low": 1e-17, "high": 0.1}])
+    for accuracy, low, high in ((1.0, 0.9, 1 - 1e-16), (0.0, 1e-17, 0.1)):
+        figure = plots.accuracy_against([{"bytes": 1e4, "accuracy": accuracy, "low": low, "high": high}])
+        [bar] = figure.axes[0].containers[0].lines[2][0].get_segments()
+        assert bar[:, 1] == pytest.approx([100 * low, 100 * high])
 
 
 def test_points_that_lack_the_quantity_are_left_out():

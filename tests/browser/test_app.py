@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,18 +23,16 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@pytest.fixture(scope="module", params=[signal.SIGTERM, signal.SIGINT], ids=["ended by kill", "ended by Ctrl-C"])
-def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Where the app answers, and its token."""
-    home = tmp_path_factory.mktemp("app")
+@contextmanager
+def started(home: Path, end: signal.Signals) -> Iterator[tuple[str, str]]:
+    """Run the app and tell where it answers, and its token; afterwards it must end in order at the signal."""
     folders = {name: str(home / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
     own = {"FEDLAB_RUNS": str(home / "runs"), "BROWSER": "none", "OMP_NUM_THREADS": "1"}
     environment = {name: value for name, value in os.environ.items() if name != "PORT"} | folders | own
-    command = [sys.executable, "tools/app.py"]
     with (
         (home / "app.log").open("w") as log,
         subprocess.Popen(
-            command,
+            [sys.executable, "tools/app.py"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -46,10 +45,22 @@ def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             said = ADDRESS.search(server.stdout.readline())
             assert said, (home / "app.log").read_text()[-2000:]
             yield said[1], said[2]
-            server.send_signal(request.param)
+            server.send_signal(end)
             assert server.wait(timeout=20) == 0
         finally:
             server.kill()
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Where an app answers, and its token; Ctrl-C ends it, with the kernel of its page."""
+    with started(tmp_path_factory.mktemp("app"), signal.SIGINT) as where:
+        yield where
+
+
+def test_kill_ends_it_in_order(tmp_path):
+    with started(tmp_path, signal.SIGTERM) as (address, _), urllib.request.urlopen(address, timeout=10) as answer:
+        assert answer.status == 200
 
 
 @pytest.mark.parametrize("path", ["", "?token=wrong", "api/kernels", "api/kernels?token="])
