@@ -9,11 +9,10 @@ from fedlab_kit.deployment.artifact import Artifact, compress
 from fedlab_kit.deployment.fleet import choose
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.rounds import rounds
 from fedlab_kit.lab.exercises import check
 from fedlab_kit.lab.leaderboard import leaderboard
 from fedlab_kit.run import Run
-from fedlab_kit.runs import find
+from fedlab_kit.runs import find, rounds
 from fedlab_kit.scale.engines import train
 from fedlab_kit.sweep import sweep
 from fedlab_kit.wire import Codec, codec

@@ -32,6 +32,8 @@ def client_accuracy(experiment: Experiment, record: RoundRecord) -> tuple[np.nda
 def client_mix(experiment: Experiment, count: int) -> np.ndarray:
     """Return the share of each of `count` classes (or sites) among each client's samples, [clients, count]."""
     e, dataset = experiment, load(experiment.dataset)
+    if e.normalization == "own":
+        return np.eye(count)  # the strata are the clients themselves
     shards = partition(dataset, e.partition, e.clients, e.alpha, e.seed)
     held = label_counts(strata(e, dataset.train), shards, count).numpy()
     return held / held.sum(1, keepdims=True)

@@ -64,7 +64,11 @@ class Experiment(Settings):
     strategy: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "scaffold", "feddf", "median"] = knob(
         "fedavg", "Strategy", "training"
     )
-    """How updates are made and combined."""
+    """How updates are made and combined. A mean trusts its clients: whoever lies by less than 100 times the length of
+    the others' updates moves it as far; the median alone limits what one client can do."""
+    normalization: Literal["shared", "own"] = knob("shared", "Normalization", "training")
+    """Own: each client keeps its normalization layers to itself (FedBN, Li et al. 2021); accuracy is then that of every
+    client's own model on its own part of the validation samples."""
     proximal_mu: float = knob(
         0.01, "Proximal mu", "training", ge=0, le=100, span=(0.0001, 1), log=True, when={"strategy": ("fedprox",)}
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from threading import RLock
 from typing import TypeVar
 
 import torch
@@ -14,6 +17,27 @@ from fedlab_kit.catalog import lookup, model
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
+class Draws:
+    """A stream of torch's global generator of its own, for modules that draw from no other."""
+
+    _turn = RLock()  # the generator belongs to the process, threads take turns
+
+    def __init__(self, seed: int) -> None:
+        self._state = torch.Generator().manual_seed(seed).get_state()
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Draw from this stream inside the block; afterwards the global generator is as it was."""
+        with self._turn:
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self._state)
+            try:
+                yield
+            finally:
+                self._state = torch.get_rng_state()
+                torch.set_rng_state(outside)
+
+
 def build(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
     """Return the registered model for samples of that shape, its initial weights a function of `seed` alone.
 
@@ -21,8 +45,7 @@ def build(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Modu
     does not give a module that maps [n, *shape] to [n, classes].
     """
     function = lookup("model", name)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with Draws(seed).inside():
         built = function(shape, classes)
         if not isinstance(built, nn.Module):
             raise ValueError(f"model {name!r} must be a torch.nn.Module, got {type(built).__name__}")

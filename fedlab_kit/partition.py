@@ -27,6 +27,23 @@ def partition(dataset: Dataset, scheme: str, clients: int, alpha: float, seed: i
     return [torch.from_numpy(shard) for shard in _without_empty(shards)]
 
 
+def held_out(dataset: Dataset, shards: list[Tensor], scheme: str, seed: int) -> Tensor:
+    """Deal the validation samples out as the training samples lie: the client of each, int64 [m].
+
+    A site's own where clients are sites. Elsewhere each class goes to those who hold it, in proportion; a class that
+    nobody holds goes to all alike.
+    """
+    held = dataset.validation
+    if scheme == "site" and held.site is not None:
+        return held.site
+    rng, owner = np.random.default_rng([seed, len(shards)]), np.empty(len(held), np.int64)
+    for label, counts in enumerate(label_counts(dataset.train.y, shards, len(dataset.classes)).numpy().T):
+        members = rng.permutation(np.flatnonzero(held.y.numpy() == label))
+        ends = np.cumsum(counts if counts.any() else np.ones_like(counts))
+        owner[members] = np.searchsorted(ends, (np.arange(len(members)) + 0.5) / len(members) * ends[-1])
+    return torch.from_numpy(owner)
+
+
 def label_counts(labels: Tensor, shards: list[Tensor], classes: int) -> Tensor:
     """Count the samples of each class that each client holds: int64 [clients, classes]."""
     client = torch.arange(len(shards)).repeat_interleave(torch.tensor([len(shard) for shard in shards]))

@@ -9,36 +9,44 @@ from torch import Tensor
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.local import client_step
+from fedlab_kit.federation.masking import first_mask
 from fedlab_kit.federation.messages import Broadcast, open_payload, pack_broadcast
 from fedlab_kit.federation.task import task
-from fedlab_kit.runs import train
+from fedlab_kit.runs import parents_of, train
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+Model = tuple[Tensor, Tensor]
+"""A model's weights [P] and its state [S]."""
+
 
 def pooled(experiment: Experiment) -> Experiment:
     """Return the same experiment with all samples in one place: one client that holds everything and always answers."""
-    everything = {"partition": "iid", "clients": 1, "clients_per_round": 1}
+    everything = {"partition": "iid", "clients": 1, "clients_per_round": 1, "normalization": "shared"}
     return experiment.replace(**everything, devices="equal", deadline=0.0, dropout=0.0)
 
 
-def alone(experiment: Experiment, client: int, start: Tensor | None = None, rounds: int | None = None) -> Tensor:
-    """Train on one client's own samples, without the others, and return the weights [P].
+def alone(experiment: Experiment, client: int, start: Model | None = None, rounds: int | None = None) -> Model:
+    """Train on one client's own samples, without the others, and return the weights [P] and the state [S].
 
     From the first weights of the experiment, for as many rounds as it has: what a client gets that takes no part. From
-    the final weights of a run for a few `rounds`: personal fine-tuning. Raises PayloadError when it diverges.
+    the final model of a run for a few `rounds`: personal fine-tuning. Raises PayloadError when it diverges.
     """
     own = experiment.replace(
-        strategy="fedavg", uplink="fp32", downlink="fp32", mask_ratio=0.0, devices="equal", teacher=None
-    )
-    job = task(own)
-    weights = job.initial if start is None else start
+        strategy="fedavg", uplink="fp32", downlink="fp32", mask_ratio=0.0, devices="equal", teacher=None,
+        normalization="shared",
+    )  # fmt: skip
+    job = task(own, parents_of(own))
+    mask = first_mask(job)
+    memory = {} if mask is None else {"mask": mask}
+    weights, state = start or (job.initial, job.initial_state)
     for round in range(1, 1 + (experiment.rounds if rounds is None else rounds)):
-        message = pack_broadcast(job, round, client, Broadcast(weights, None, None), None, False, False)
-        payload, _ = client_step(own, round, client, message, {})
-        weights = weights + open_payload(job, round, payload, None).update
-    return weights
+        message = pack_broadcast(job, round, client, Broadcast(weights, state, mask=mask), None, False, False)
+        payload, _ = client_step(job, round, client, message, memory)
+        answer = open_payload(job, round, payload, mask)
+        weights, state = weights + answer.update, state if answer.state is None else answer.state
+    return weights, state
 
 
 def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
@@ -52,16 +60,18 @@ def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
 
     if experiment.partition != "site":
         raise ValueError(f"partition must be site to compare the sites, got {experiment.partition!r}")
-    job = task(experiment)
-    together, whole = train(experiment).weights, train(pooled(experiment)).weights
-    sites = range(experiment.clients)
+    run, whole = train(experiment), train(pooled(experiment)).tensors()
+    job, sites = run.task, range(experiment.clients)
+    together = [run.tensors(site) for site in sites]
     ways = {
         "alone": [alone(experiment, site) for site in sites],
-        "federated": [together] * len(sites),
-        "tuned": [alone(experiment, site, together, tuning) for site in sites],
+        "federated": together,
+        "tuned": [alone(experiment, site, together[site], tuning) for site in sites],
         "pooled": [whole] * len(sites),
     }
-    results = {way: [job.evaluate(w, job.dataset.validation) for w in models] for way, models in ways.items()}
+    results = {
+        way: [job.evaluate(w, job.dataset.validation, state) for w, state in models] for way, models in ways.items()
+    }
     patients = torch.tensor(results["pooled"][0].total)
     hits = {way: torch.tensor([found[site].correct[site] for site in sites]) for way, found in results.items()}
     table = {"patients": [*patients.tolist(), int(patients.sum())]}

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from fedlab_kit.clients import client_accuracy
 from fedlab_kit.data import Dataset, load
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation.flat import FlatModel
 from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.task import Parents, Task, task
+from fedlab_kit.partition import partition
+from fedlab_kit.store import RunFolder
 from fedlab_kit.wire.privacy import epsilon
 
 
@@ -89,7 +92,8 @@ class StoredRun:
     @property
     def shards(self) -> list[Tensor]:
         """Each client's indices into `dataset.train`."""
-        return task(self.experiment).shards
+        e = self.experiment
+        return partition(self.dataset, e.partition, e.clients, e.alpha, e.seed)
 
     def client_accuracy(self, record: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return accuracy, low and high (95 %) per client, each [clients], after one of the rounds."""
@@ -116,21 +120,55 @@ class StoredRun:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run(StoredRun):
-    """What came out of one experiment: its records, and its final weights [P]."""
+    """What came out of one experiment: its records, and its final model as `weights` [P] and `state` [S].
+
+    `parents` are the models that it began from and learned from. Where clients keep their normalization to themselves
+    the global model is complete with what it began with, and `client_model` gives each client's own.
+    """
 
     weights: Tensor
+    state: Tensor
+    parents: Parents
+
+    @property
+    def task(self) -> Task:
+        """What the rounds worked on; it serves the calling thread alone."""
+        return task(self.experiment, self.parents)
 
     @cached_property
     def model(self) -> nn.Module:
         """The trained model on the CPU, in evaluation mode; it takes preprocessed inputs."""
-        flat = task(self.experiment).model
-        flat.weights.copy_(self.weights)
-        return deepcopy(flat.module).cpu().eval()
+        return self._module(None)
+
+    def client_model(self, client: int) -> nn.Module:
+        """Return a client's own model, likewise: the global one where normalization is shared."""
+        if not 0 <= client < self.experiment.clients:
+            raise ValueError(f"client must be 0 to {self.experiment.clients - 1}, got {client}")
+        return self._module(client)
+
+    def tensors(self, client: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the weights [P] and the state [S] of the global model, or of a client's own."""
+        if client is None or self.experiment.normalization == "shared":
+            return self.weights, self.state
+        return self.task.own_model(self.weights, RunFolder(self.path).memory(client))
+
+    def flat(self) -> FlatModel:
+        """Return the trained model as another experiment begins from it or learns from it."""
+        if self.experiment.normalization == "own":
+            raise ValueError("normalization must be shared in a start or a teacher: each client has a model of its own")
+        sample = self.dataset.preprocess(self.dataset.train.x[:8])
+        return FlatModel(deepcopy(self.model), sample, self.experiment.device)
 
     def test(self) -> tuple[float, float, float]:
         """Return accuracy, low and high (95 %) on the test split, which nothing else opens."""
-        job = task(self.experiment)
-        return job.evaluate(self.weights, job.dataset.test).accuracy()
+        if self.experiment.normalization == "own":
+            raise ValueError("normalization must be shared for one accuracy on the test split: each client has a model")
+        return self.task.evaluate(self.weights, self.dataset.test, self.state).accuracy()
+
+    def _module(self, client: int | None) -> nn.Module:
+        flat = self.task.model
+        flat.load(*self.tensors(client))
+        return deepcopy(flat.module).cpu().eval()
 
 
 def status(experiment: Experiment, records: Sequence[RoundRecord]) -> str:

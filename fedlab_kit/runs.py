@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
@@ -16,10 +16,11 @@ import torch
 from fedlab_kit import catalog
 from fedlab_kit.data import load
 from fedlab_kit.experiment import SCHEMA, Experiment
+from fedlab_kit.federation.flat import FlatModel
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import Exchange, in_process, play
-from fedlab_kit.federation.server import start
-from fedlab_kit.federation.task import OUTCOMES
+from fedlab_kit.federation.server import ServerState, start
+from fedlab_kit.federation.task import Parents, task
 from fedlab_kit.files import ROOT
 from fedlab_kit.run import Run, StoredRun, status
 from fedlab_kit.store import RunFolder
@@ -34,15 +35,18 @@ def train(
     exchange: Exchange = in_process,
 ) -> Run:
     """Do what `scale.engines.train` says, with the messages of each round carried by `exchange`, see `play`."""
+    if experiment.normalization == "own" and exchange is not in_process:
+        raise ValueError("normalization must be shared on Flower: every client's own model is evaluated in one process")
     folder = RunFolder((store or runs_folder()) / identify(experiment))
     tell = progress or (lambda record: None)
     engine = "in process" if exchange is in_process else "flower"
-    _train_parents(experiment, stop, store, exchange)
+    parents = parents_of(experiment, stop, store, exchange)
     with folder.locked(stop):
-        state, records = folder.load(experiment)
+        job = task(experiment, parents)
+        state, records = folder.load(job)
         over = status(experiment, records) != "stopped"
         if not over and folder.out_of_reach(engine):
-            state, records = start(experiment), []
+            state, records = start(job), []
         for record in records:
             tell(record)
         if not over:
@@ -53,20 +57,46 @@ def train(
                 records.append(record)
                 tell(record)
             folder.describe(experiment, records, engine)
-        return Run(experiment, folder.path, tuple(records), folder.measured(), over, state.weights.cpu())
+        return _run(folder, state, records, over)
 
 
-def _train_parents(
-    experiment: Experiment, stop: Event | None, store: Path | None = None, exchange: Exchange = in_process
-) -> None:
-    """Make the final models at hand that the experiment learns or starts from. ValueError if one has none."""
-    for parent in experiment.parents:
-        run = train(parent, stop, store=store, exchange=exchange)
-        if run.status == "diverged":
-            raise ValueError(f"the experiment that this one needs has diverged: {parent!r}")
-        if run.status == "stopped":
-            raise TimeoutError(f"stopped before the experiment that this one needs was finished: {parent!r}")
-        OUTCOMES[parent] = run.weights.to(experiment.device)
+def rounds(experiment: Experiment, stop: Event | None = None) -> Iterator[RoundRecord]:
+    """Run the experiment and yield one `RoundRecord` a round; its rounds are not stored, those of its parents are.
+
+    Setting `stop` ends the loop before the next batch, without a record of the broken round. Raises ValueError for a
+    parent that diverged, as `train` does.
+    """
+    try:
+        job = task(experiment, parents_of(experiment, stop))
+    except TimeoutError:  # stopped while a parent was trained
+        return
+    for _, record in play(start(job), {}, stop):
+        yield record
+
+
+def parents_of(
+    experiment: Experiment, stop: Event | None = None, store: Path | None = None, exchange: Exchange = in_process
+) -> Parents:
+    """Return the finished models that the experiment starts and learns from, trained first where the store lacks them.
+
+    ValueError if one has diverged, TimeoutError if `stop` came before one was finished.
+    """
+    wanted = (experiment.start, experiment.teacher)
+    found = [None if one is None else _outcome(train(one, stop, None, store, exchange)) for one in wanted]
+    return Parents(*found)
+
+
+def _outcome(run: Run) -> FlatModel:
+    if run.status == "diverged":
+        raise ValueError(f"the experiment that this one needs has diverged: {run.experiment!r}")
+    if run.status == "stopped":
+        raise TimeoutError(f"stopped before the experiment that this one needs was finished: {run.experiment!r}")
+    return run.flat()
+
+
+def _run(folder: RunFolder, state: ServerState, records: Sequence[RoundRecord], from_store: bool) -> Run:
+    model, job = (state.weights.cpu(), state.state), state.job
+    return Run(job.experiment, folder.path, tuple(records), folder.measured(), from_store, *model, job.parents)
 
 
 def find(experiment: Experiment) -> Run | None:
@@ -74,11 +104,8 @@ def find(experiment: Experiment) -> Run | None:
     folder = RunFolder(path_of(experiment))
     if not folder.path.exists():
         return None
-    _train_parents(experiment, None)
-    state, records = folder.load(experiment)
-    if status(experiment, records) == "stopped":
-        return None
-    return Run(experiment, folder.path, tuple(records), folder.measured(), True, state.weights.cpu())
+    state, records = folder.load(task(experiment, parents_of(experiment)))
+    return None if status(experiment, records) == "stopped" else _run(folder, state, records, True)
 
 
 def history() -> tuple[tuple[StoredRun, ...], list[str]]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.server import ServerState, start
+from fedlab_kit.federation.task import Task
 from fedlab_kit.files import StoreError, read_tensors, write_bytes, write_tensors, writing
 
 
@@ -54,18 +55,23 @@ class RunFolder:
                     if stop is not None and stop.is_set():
                         raise TimeoutError(f"{self.path} is in use by another notebook") from None
 
-    def load(self, experiment: Experiment) -> tuple[ServerState, list[RoundRecord]]:
+    def load(self, job: Task) -> tuple[ServerState, list[RoundRecord]]:
         """Return the state and the records of the last whole round, or the start. Raises StoreError when damaged."""
         file = self.path / "state.safetensors"
         if not file.exists():
-            return start(experiment), []
+            return start(job), []
         tensors, about = read_tensors(file)
-        tensors = {name: tensor.to(experiment.device) for name, tensor in tensors.items()}
+        tensors = {name: tensor.to(job.experiment.device) for name, tensor in tensors.items()}
         round, weights = int(about["round"]), tensors.pop("weights")
         records = self.records()[:round]
         if [record.round for record in records] != list(range(1, round + 1)):
             raise StoreError(f"{self.path} is damaged: records of {round} rounds were expected; delete the folder")
-        return replace(start(experiment), round=round, weights=weights, slots=tensors), records
+        return replace(start(job), round=round, weights=weights, slots=tensors), records
+
+    def memory(self, client: int) -> dict[str, Tensor]:
+        """Return what a client keeps after the last whole round; {} for one that keeps nothing."""
+        files = sorted(self.clients.folder.glob(f"{client}-*.safetensors"), key=lambda p: int(p.stem.split("-")[1]))
+        return read_tensors(files[-1])[0] if files else {}
 
     def records(self) -> list[RoundRecord]:
         """Return the whole lines of the record file; a line that was cut by a kill is none."""

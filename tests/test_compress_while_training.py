@@ -19,18 +19,24 @@ from fedlab_kit.federation import rounds as loop
 from fedlab_kit.federation.masking import adjusts, first_mask
 from fedlab_kit.federation.server import start
 from fedlab_kit.federation.task import task
+from fedlab_kit.runs import parents_of
 from fedlab_kit.wire import make
 
 SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=10, lr=0.05, batch_size=7)
 
 
+def made(experiment):
+    return task(experiment, parents_of(experiment))
+
+
 def play(experiment):
     clients: dict = {}
-    return [(state, record, copy.deepcopy(clients)) for state, record in loop.play(start(experiment), clients)]
+    states = loop.play(start(made(experiment)), clients)
+    return [(state, record, copy.deepcopy(clients)) for state, record in states]
 
 
 def prunable(experiment):
-    return prunable_mask(task(experiment).model.layout.shapes)
+    return prunable_mask(made(experiment).model.layout.shapes)
 
 
 # ---- masks
@@ -63,7 +69,7 @@ def test_gradual_pruning_never_lets_go_of_a_zero_and_follows_the_cubic():
     experiment = SMALL.replace(mask_ratio=0.9, rounds=10)
     history = [(s.round, s.slots.get("mask")) for s, _, _ in play(experiment)]
     total = int(prunable(experiment).sum())
-    previous = torch.ones(task(experiment).model.layout.size, dtype=torch.bool)
+    previous = torch.ones(made(experiment).model.layout.size, dtype=torch.bool)
     for number, mask in history:
         assert mask is not None and not (mask & ~previous).any()
         previous = mask
@@ -73,7 +79,7 @@ def test_gradual_pruning_never_lets_go_of_a_zero_and_follows_the_cubic():
 
 def test_a_dynamic_mask_exchanges_weights_and_keeps_their_number():
     experiment = SMALL.replace(mask_ratio=0.8, mask_schedule="dynamic")
-    masks = [first_mask(task(experiment))] + [s.slots["mask"] for s, _, _ in play(experiment)]
+    masks = [first_mask(made(experiment))] + [s.slots["mask"] for s, _, _ in play(experiment)]
     counts = {int(mask.sum()) for mask in masks}
     assert len(counts) == 1
     assert (masks[0] != masks[-1]).any()
@@ -83,7 +89,7 @@ def test_a_dynamic_mask_exchanges_weights_and_keeps_their_number():
 
 def test_masked_payloads_hold_the_kept_weights_and_a_bitmap_when_it_is_news():
     experiment = SMALL.replace(mask_ratio=0.5, mask_schedule="one-shot", dropout=0.0, rounds=10)
-    size, total = task(experiment).model.layout.size, int(prunable(experiment).sum())
+    size, total = made(experiment).model.layout.size, int(prunable(experiment).sum())
     kept = size - round(0.5 * total)
     whole, sparse, bitmap = 14 + 4 * size, 14 + 4 * kept, 14 + -(-size // 8)
     told: set[int] = set()
@@ -99,7 +105,7 @@ def test_masked_payloads_hold_the_kept_weights_and_a_bitmap_when_it_is_news():
 
 def test_a_random_mask_follows_from_the_seed_and_is_never_sent():
     experiment = SMALL.replace(mask_ratio=0.5, mask_schedule="fixed")
-    size, total = task(experiment).model.layout.size, int(prunable(experiment).sum())
+    size, total = made(experiment).model.layout.size, int(prunable(experiment).sum())
     sparse = 14 + 4 * (size - round(0.5 * total))
     for _, record, _ in play(experiment):
         assert (record.uplink_bytes, record.downlink_bytes) == (4 * sparse, 4 * (1 + sparse))
@@ -153,7 +159,7 @@ def test_a_model_goes_on_with_newer_data_of_the_same_shape():
     here = SMALL.replace(dataset="blobs")
     there = here.replace(dataset="blobs_at_sites", start=here, partition="iid")
     fk.train(there)  # trains its start first
-    assert torch.equal(task(there).initial, fk.train(here).weights)
+    assert torch.equal(made(there).initial, fk.train(here).weights)
     with pytest.raises(
         ValueError, match=r"^start must be trained on samples of shape \[1, 12, 12\] in 2 classes, got "
     ):
@@ -166,7 +172,7 @@ def test_channels_that_are_gone_make_rounds_smaller():
     run, first = fk.train(pruned), fk.train(base)
     assert len(run.weights) < 0.6 * len(first.weights)
     assert run.records[0].uplink_bytes == 2 * (14 + 4 * len(run.weights))
-    assert task(pruned).stack is not None  # still on the fast path
+    assert made(pruned).model.stack is not None  # still on the fast path
     assert run.model(torch.zeros(2, 1, 12, 12)).shape == (2, 2)
 
 
@@ -180,7 +186,7 @@ def test_qat_equals_autograd_through_a_straight_estimator(dtype, model):
     experiment = SMALL.replace(
         dataset=data, model=model, qat=dtype, clients=1, clients_per_round=1, batch_size=200, rounds=1
     )
-    job = task(experiment)
+    job = made(experiment)
     module = copy.deepcopy(job.model.module)
     torch.nn.utils.vector_to_parameters(job.initial.clone(), module.parameters())
     rounded = {n: quantized(p.detach(), dtype).requires_grad_() for n, p in module.named_parameters()}
@@ -196,7 +202,7 @@ def test_qat_agrees_on_both_paths_and_is_evaluated_on_its_grid():
     experiment = SMALL.replace(qat="int4", rounds=3)
     fast, general = play(experiment)[-1], play(experiment.replace(model="wrapped"))[-1]
     torch.testing.assert_close(fast[0].weights, general[0].weights, rtol=1e-3, atol=1e-5)
-    job = task(experiment)
+    job = made(experiment)
     on_grid = job.on_grid(fast[0].weights)
     for name, tensor in job.model.layout.tensors(on_grid).items():
         original = job.model.layout.tensors(fast[0].weights)[name]
@@ -251,11 +257,11 @@ def test_a_student_step_equals_autograd(model):
         batch_size=200, rounds=1,
     )  # fmt: skip
     list(fk.rounds(experiment))
-    job = task(experiment)
+    job = made(experiment)
     module = copy.deepcopy(job.model.module)
     torch.nn.utils.vector_to_parameters(job.initial.clone(), module.parameters())
     x, y = job.inputs(job.shards[0]), job.y[job.shards[0]]
-    soft = task(teacher).logits(play(teacher)[-1][0].weights, job.dataset.train)[job.shards[0]]
+    soft = made(teacher).logits(play(teacher)[-1][0].weights, job.dataset.train)[job.shards[0]]
     distillation_loss(module(x), soft, y, 3.0, 0.7).backward()
     expected = torch.cat([(p.detach() - experiment.lr * p.grad).reshape(-1) for p in module.parameters()])
     torch.testing.assert_close(play(experiment)[-1][0].weights, expected, rtol=1e-4, atol=1e-6)
@@ -265,7 +271,7 @@ def test_the_teacher_is_charged_once_to_each_client():
     teacher = SMALL.replace(rounds=2)
     experiment = SMALL.replace(model="logistic", teacher=teacher, rounds=8)
     fk.train(experiment)
-    large, small = (14 + 4 * task(e).model.layout.size for e in (teacher, experiment))
+    large, small = (14 + 4 * made(e).model.layout.size for e in (teacher, experiment))
     met: set[int] = set()
     for _, record, _ in play(experiment):
         new = set(record.cohort) - met
@@ -275,7 +281,7 @@ def test_the_teacher_is_charged_once_to_each_client():
 
 def test_feddf_moves_the_average_towards_the_ensemble():
     experiment = SMALL.replace(strategy="feddf", rounds=1, local_epochs=5, server_epochs=20)
-    job = task(experiment)
+    job = made(experiment)
     averaged = play(experiment.replace(strategy="fedavg"))[-1][0].weights
     distilled = play(experiment)[-1][0].weights
     assert not torch.equal(averaged, distilled)
@@ -304,7 +310,7 @@ def test_feddf_moves_the_average_towards_the_ensemble():
 def test_every_uplink_codec_trains_and_is_counted(name, zstd):
     experiment = SMALL.replace(uplink=name, uplink_keep=0.1, zstd=zstd, rounds=3)
     history = play(experiment)
-    whole = 14 + 4 * task(experiment).model.layout.size
+    whole = 14 + 4 * made(experiment).model.layout.size
     for _, record, _clients in history:
         assert 0 < record.uplink_bytes < 0.55 * 4 * whole
         assert not record.refused
@@ -322,7 +328,7 @@ def test_nearest_rounding_is_biased_and_keeps_what_it_lost():
 def test_what_clients_keep_on_disk_is_reported_apart():
     run = fk.train(SMALL.replace(uplink="stc", rounds=2))
     clients = {client for record in run.records for client in record.cohort}
-    assert run.client_bytes >= len(clients) * 4 * task(SMALL).model.layout.size
+    assert run.client_bytes >= len(clients) * 4 * made(SMALL).model.layout.size
     assert fk.train(SMALL.replace(rounds=2)).client_bytes == 0
 
 
@@ -345,7 +351,7 @@ def test_without_error_feedback_nothing_is_kept():
 def test_a_lossy_downlink_sends_differences_and_client_and_server_agree(name):
     experiment = SMALL.replace(downlink=name, downlink_keep=0.2, rounds=6, dropout=0.3)
     history = play(experiment)
-    whole = 14 + 4 * task(experiment).model.layout.size
+    whole = 14 + 4 * made(experiment).model.layout.size
     for _, record, _ in history:
         assert record.downlink_bytes < 0.55 * 4 * whole and not record.refused
     state, _, clients = history[-1]
@@ -356,7 +362,7 @@ def test_a_lossy_downlink_sends_differences_and_client_and_server_agree(name):
 def test_a_client_that_starts_from_another_run_is_sent_it_whole_once():
     experiment = SMALL.replace(start=SMALL.replace(rounds=2), downlink="stc", downlink_keep=0.05, rounds=6)
     list(fk.rounds(experiment))
-    whole = 1 + 14 + 4 * task(experiment).model.layout.size
+    whole = 1 + 14 + 4 * made(experiment).model.layout.size
     met: set[int] = set()
     for _, record, _ in play(experiment):
         new = set(record.cohort) - met
@@ -391,7 +397,7 @@ def test_ones_own_codec_from_a_notebook():
             return torch.from_numpy(np.frombuffer(body, np.int8).astype(np.float32) / 2)
 
     run = fk.train(SMALL.replace(uplink="halves", rounds=2))
-    assert run.records[0].uplink_bytes == 4 * (14 + task(SMALL).model.layout.size)
+    assert run.records[0].uplink_bytes == 4 * (14 + made(SMALL).model.layout.size)
     assert make("halves").name == "halves"
 
 
@@ -402,7 +408,7 @@ def test_client_level_privacy_draws_by_poisson_and_divides_by_a_fixed_number():
     experiment = SMALL.replace(privacy="client", clip_norm=0.1, noise_multiplier=0.0, rounds=8)
     history = play(experiment)
     assert len({len(record.cohort) for _, record, _ in history}) > 1
-    before = task(experiment).initial
+    before = made(experiment).initial
     for state, record, _ in history:
         step = state.weights - before
         assert step.norm() <= len(record.answered) * 0.1 / experiment.clients_per_round + 1e-6
@@ -426,7 +432,7 @@ def test_record_level_privacy_is_dp_sgd():
     plain = play(experiment.replace(privacy="off"))[-1][0].weights
     torch.testing.assert_close(private, plain, rtol=1e-4, atol=1e-6)  # batch 120 of 120 is everybody: no chance left
     tight = play(experiment.replace(clip_norm=0.001))[-1][0].weights
-    assert (tight - task(experiment).initial).norm() <= experiment.lr * 0.001 * 1.01
+    assert (tight - made(experiment).initial).norm() <= experiment.lr * 0.001 * 1.01
 
 
 def test_epsilon_of_a_run():

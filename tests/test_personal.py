@@ -28,15 +28,15 @@ def test_alone_is_a_federation_of_one() -> None:
             torch.nn.functional.cross_entropy(model.module(job.inputs(index)), job.y[index]).backward()
             optimizer.step()
     expected = model.weights.clone()
-    assert torch.allclose(alone(SITES, 1), expected, atol=1e-6)
+    assert torch.allclose(alone(SITES, 1)[0], expected, atol=1e-6)
 
 
 def test_fine_tuning_goes_on_from_the_weights_it_is_given() -> None:
-    weights = train(SITES).weights
-    assert torch.equal(alone(SITES, 0, weights, rounds=0), weights)
-    tuned = alone(SITES, 0, weights, rounds=2)
-    assert torch.equal(tuned, alone(SITES, 0, weights, rounds=2))
-    assert not torch.equal(tuned, weights) and not torch.equal(tuned, alone(SITES, 1, weights, rounds=2))
+    model = train(SITES).tensors()
+    assert torch.equal(alone(SITES, 0, model, rounds=0)[0], model[0])
+    tuned = alone(SITES, 0, model, rounds=2)[0]
+    assert torch.equal(tuned, alone(SITES, 0, model, rounds=2)[0])
+    assert not torch.equal(tuned, model[0]) and not torch.equal(tuned, alone(SITES, 1, model, rounds=2)[0])
 
 
 def test_pooled_is_one_client_with_everything() -> None:
@@ -50,7 +50,7 @@ def test_the_table_measures_each_site_on_its_own_patients() -> None:
     assert list(table.columns) == ["patients", "alone", "federated", "tuned", "pooled"]
     assert table["patients"].tolist() == [20, 20, 20, 60]
     job = task(SITES)
-    south = job.evaluate(alone(SITES, 1), job.dataset.validation).correct[1] / 20
+    south = job.evaluate(alone(SITES, 1)[0], job.dataset.validation).correct[1] / 20
     assert table.loc["south", "alone"] == pytest.approx(south)
     assert table.loc["all", "federated"] == pytest.approx(train(SITES).accuracy)
     assert table.loc["all", "alone"] == pytest.approx(table["alone"][:3].mean())

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedlab_kit.compression.distill import hard_slope
+from fedlab_kit.federation.layers import room
 from fedlab_kit.federation.stacked import Stack
 
 IMAGE = (1, 28, 28)
@@ -266,3 +268,28 @@ def test_lazy_layers_are_plain_once_they_have_a_size():
     module = images(nn.Conv2d(1, 2, 3), nn.MaxPool2d((2, 2), (2, 2)))
     module(torch.zeros(1, 1, 8, 8))
     assert Stack.supports(module, (1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "channels", "pool", "batch", "classes"),
+    [((1, 28, 28), 5, 10, 2, 10, 10), ((3, 13, 13), 3, 5, 2, 7, 3),
+     ((2, 17, 17), 5, 7, 4, 6, 3), ((3, 9, 9), 3, 3, 1, 9, 5)],
+)  # fmt: skip
+def test_a_clients_weights_do_not_depend_on_how_many_are_trained_with_it(shape, kernel, channels, pool, batch, classes):
+    """Bit for bit, also where a processor's matrix product rounds by the alignment of its numbers."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(shape[0], channels, kernel), *([nn.MaxPool2d(pool)] if pool > 1 else []), nn.ReLU(), nn.Flatten()]
+    width = nn.Sequential(*body)(torch.zeros(1, *shape)).shape[1]
+    net = nn.Sequential(*body, nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, classes))
+    stack, start = Stack(net, shape), torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    x, y = torch.randn(4, batch, *shape), torch.randint(0, classes, (4, batch))
+
+    def trained(first, last):
+        weights = room(start, last - first, len(start)).copy_(start)
+        for _ in range(3):
+            stack.step(weights, x[first:last], lambda logits: hard_slope(logits, y[first:last]) / batch, 0.1)
+        return weights
+
+    together = trained(0, 4)
+    assert all(torch.equal(trained(k, k + 1)[0], together[k]) for k in range(4))
+    assert torch.equal(trained(1, 3), together[1:3])

@@ -138,16 +138,16 @@ def _widths(model: nn.Module, shape: Sequence[int]) -> dict[str, int]:
     return {name: weights[name].shape[0] for name in dict.fromkeys(order) if name != order[-1]}
 
 
-def mask_ratio(round: int, first: int, last: int, ratio: float) -> float:
-    """The prune ratio of a round under gradual pruning: cubic from 0 at round `first` to `ratio` at `last` and after.
+def mask_ratio(round: int, first: int, last: int, ratio: float, before: float = 0.0) -> float:
+    """The prune ratio of a round under gradual pruning: cubic from `before` at round `first` to `ratio` at `last` on.
 
     Zhu and Gupta 2017: many weights go early, when they are easily replaced, few at the end.
     """
     if round < first:
-        return 0.0
+        return before
     if round >= last:
         return ratio
-    return ratio * (1 - (1 - (round - first) / (last - first)) ** 3)
+    return ratio - (ratio - before) * (1 - (round - first) / (last - first)) ** 3
 
 
 def prunable_mask(shapes: Sequence[Sequence[int]]) -> Tensor:
@@ -155,19 +155,35 @@ def prunable_mask(shapes: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat([torch.full((math.prod(shape),), len(shape) >= 2) for shape in shapes])
 
 
+def masked_share(mask: Tensor, shapes: Sequence[Sequence[int]]) -> float:
+    """The share of the prunable entries that a mask [P] has removed."""
+    candidates = prunable_mask(shapes).to(mask.device)
+    return 1 - int((mask & candidates).sum()) / max(1, int(candidates.sum()))
+
+
 def magnitude_mask(weights: Tensor, shapes: Sequence[Sequence[int]], ratio: float) -> Tensor:
     """Keep all but the share `ratio` of the prunable entries, those of smallest magnitude; bool [P], True = kept.
 
     `shapes` are the tensors' shapes in the order of the flat vector. Ties fall in that order, so the count is exact.
     """
-    return _keep_largest(weights.abs(), prunable_mask(shapes).to(weights.device), ratio)
+    return shrink(torch.ones_like(weights, dtype=torch.bool), weights.abs(), shapes, ratio)
+
+
+def shrink(mask: Tensor, scores: Tensor, shapes: Sequence[Sequence[int]], ratio: float) -> Tensor:
+    """Remove the lowest `scores` [P] from a mask until the share `ratio` of the prunable entries is gone.
+
+    What is gone stays gone, more than the share too.
+    """
+    candidates = prunable_mask(shapes).to(mask.device)
+    kept, total = mask & candidates, int(candidates.sum())
+    return ~candidates | _largest(scores, kept, min(int(kept.sum()), total - round(ratio * total)))
 
 
 def random_mask(shapes: Sequence[Sequence[int]], ratio: float, seed: int) -> Tensor:
     """Keep a random set of the same size instead: the negative control; bool [P]."""
     candidates = prunable_mask(shapes)
     scores = torch.rand(len(candidates), generator=torch.Generator().manual_seed(seed))
-    return _keep_largest(scores, candidates, ratio)
+    return shrink(torch.ones_like(candidates), scores, shapes, ratio)
 
 
 def regrow(mask: Tensor, weights: Tensor, gradient: Tensor, shapes: Sequence[Sequence[int]], share: float) -> Tensor:
@@ -182,11 +198,6 @@ def regrow(mask: Tensor, weights: Tensor, gradient: Tensor, shapes: Sequence[Seq
     gone = _largest(-weights.abs(), kept, exchanged)
     come = _largest(gradient.abs(), candidates & ~mask, exchanged)
     return (mask & ~gone) | come
-
-
-def _keep_largest(scores: Tensor, candidates: Tensor, ratio: float) -> Tensor:
-    total = int(candidates.sum())
-    return ~candidates | _largest(scores, candidates, total - round(ratio * total))
 
 
 def _largest(scores: Tensor, among: Tensor, count: int) -> Tensor:

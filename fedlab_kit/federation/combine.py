@@ -18,22 +18,30 @@ def combine(
     job: Task, round: int, weights: Tensor, slots: Slots, answers: Mapping[int, Answer]
 ) -> tuple[Tensor, Slots]:
     """Return the new weights [P] and slots: the strategy's step from `weights` along what the answers say together."""
-    experiment, trainable = job.experiment, job.model.layout.trainable
+    experiment = job.experiment
     if not answers and experiment.privacy != "client":
         return weights, slots
     together, held = _aggregate(job, round, answers)
     step, slots = STRATEGIES[experiment.strategy](experiment, slots, together)
     if held is not None:
         step = step * held  # where nobody contributed, the server keeps its own value, whatever its momentum
-    step[trainable:] = together[trainable:]  # a server optimizer has no business with running statistics
     stepped = weights + step
+    if states := [answer.state for answer in answers.values() if answer.state is not None]:
+        slots = {**slots, "state": _merged(job, states, [answer.samples for answer in answers.values()])}
     controls = [answer.control for answer in answers.values() if answer.control is not None]
     if controls:
         slots = {**slots, "control": slots["control"] + torch.stack(controls).sum(0) / experiment.clients}
     if experiment.strategy == "feddf":
-        clients = [weights + answer.update for answer in answers.values()]
-        stepped = distil_ensemble(job, round, stepped, clients, slots.get("mask"))
+        state = slots.get("state", job.initial_state)
+        clients = [(weights + a.update, state if a.state is None else a.state) for a in answers.values()]
+        stepped = distil_ensemble(job, round, stepped, state, clients, slots.get("mask"))
     return stepped, slots
+
+
+def _merged(job: Task, states: list[Tensor], samples: list[int]) -> Tensor:
+    """Return what the clients' states [S] are together: running statistics as floats, counters as whole numbers."""
+    merged = median(states) if job.experiment.strategy == "median" else mean(states, samples)
+    return torch.where(job.model.whole, merged.round(), merged.float().double())  # what a buffer holds, exactly
 
 
 def _aggregate(job: Task, round: int, answers: Mapping[int, Answer]) -> tuple[Tensor, Tensor | None]:

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlab_kit.federation.layers import room
 from fedlab_kit.federation.objective import Objective
 from fedlab_kit.federation.task import Task, chance
+from fedlab_kit.models import Draws
 from fedlab_kit.wire.privacy import poisson_sample, private_gradient
 
 
@@ -30,27 +32,29 @@ def plan(job: Task, round: int, client: int) -> np.ndarray:
 
 def descend(
     job: Task, round: int, ids: list[int], plans: list[np.ndarray], objective: Objective, stop: Event | None
-) -> Tensor:
-    """Return the clients' trained weights [C, P]; `ids` and `plans` come in order of falling size."""
-    trained = objective.start.clone()
+) -> tuple[Tensor, Tensor]:
+    """Return the clients' trained weights [C, P] and states [C, S]; `ids` and `plans` come in order of falling size."""
+    trained, states = room(objective.start, *objective.start.shape).copy_(objective.start), objective.state.clone()
     private = job.experiment.privacy == "record"
-    size = job.stack.stack_size if job.stack and not private else 1
+    size = job.model.stack.stack_size if job.model.stack and not private else 1
     for first in range(0, len(ids), size):
-        rows = slice(first, first + size)
+        rows, here = slice(first, first + size), (trained[first : first + size], objective, first, stop)
         if private:
-            _train_private(job, ids[first], round, len(plans[first]), trained[rows], objective, first, stop)
-        elif job.stack:
-            _train_stacked(job, plans[rows], trained[rows], objective, first, stop)
+            states[first] = _train_private(
+                job, ids[first], round, len(plans[first]), trained[rows], objective, first, stop
+            )
+        elif job.model.stack:
+            _train_stacked(job, plans[rows], *here)
         else:
-            _train_one(job, ids[first], round, plans[first], trained[rows], objective, first, stop)
-    return trained
+            states[first] = _train_one(job, ids[first], round, plans[first], *here)
+    return trained, states
 
 
 def _train_stacked(
     job: Task, plans: list[np.ndarray], weights: Tensor, objective: Objective, first: int, stop: Event | None
 ) -> None:
     """Train a few clients at once, in place; a client that has done its batches leaves the stack."""
-    assert job.stack
+    assert job.model.stack
     lr, device = job.experiment.lr, job.experiment.device
     for step in range(len(plans[0])):
         _check(stop)
@@ -60,7 +64,7 @@ def _train_stacked(
         x = job.inputs(index.view(-1)).view(*rows.shape, *job.dataset.shape)
         now = weights[: len(rows)]
         drift = objective.drift(now, slice(first, first + len(rows)))
-        job.stack.step(
+        job.model.stack.step(
             now,
             x,
             lambda logits, index=index, scale=scale: objective.slope(logits, index).mul_(scale),  # type: ignore[misc]
@@ -81,40 +85,38 @@ def _train_one(
     objective: Objective,
     row: int,
     stop: Event | None,
-) -> None:
-    """Train one client of any model by autograd: `weights` [1, P], in place.
-
-    The module's own randomness (dropout) follows from (seed, round, client).
-    """
-    lr, model = job.experiment.lr, job.model
-    parameters, statistics = slice(0, model.layout.trainable), slice(model.layout.trainable, None)
-    averages = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.module.modules())
-    with torch.random.fork_rng():
-        torch.manual_seed(int(chance(job.experiment, "module", round, client).integers(2**63)))
-        for batch in batches:
-            _check(stop)
-            index = torch.from_numpy(batch[batch >= 0]).to(job.experiment.device)
-            # A batch of one sample has no statistics of its own: BatchNorm uses the running ones.
-            model.module.train(len(index) > 1 or not averages)
-            drift = objective.drift(weights, slice(row, row + 1))
-            model.weights.copy_(job.on_grid(weights[0]))
-            model.gradient.zero_()
+) -> Tensor:
+    """Train one client of any model by autograd: `weights` [1, P], in place; return its state [S] afterwards."""
+    lr, model, draws = job.experiment.lr, job.model, _draws(job, round, client)
+    norms = [m for m in model.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    model.state = objective.state[row]
+    model.module.train()
+    for batch in batches:
+        _check(stop)
+        index = torch.from_numpy(batch[batch >= 0]).to(job.experiment.device)
+        for norm in norms:  # a batch of one sample has no statistics of its own: BatchNorm uses the running ones
+            norm.train(len(index) > 1)
+        drift = objective.drift(weights, slice(row, row + 1))
+        model.weights.copy_(job.on_grid(weights[0]))
+        model.gradient.zero_()
+        with draws.inside():
             logits = model.module(job.inputs(index))
             logits.backward(objective.slope(logits.detach(), index).div_(len(index)))
-            if drift is not None:
-                model.gradient.add_(drift[0])
-            weights[0, parameters].sub_(model.gradient[parameters], alpha=lr)
-            weights[0, statistics] = model.weights[statistics]
-            objective.confine(weights, row)
+        if drift is not None:
+            model.gradient.add_(drift[0])
+        weights[0].sub_(model.gradient, alpha=lr)
+        objective.confine(weights, row)
+    return model.state
 
 
 def _train_private(
     job: Task, client: int, round: int, steps: int, weights: Tensor, objective: Objective, row: int, stop: Event | None
-) -> None:
-    """Train one client by DP-SGD (Abadi et al. 2016) on Poisson batches of its samples: `weights` [1, P], in place."""
-    experiment, model, shard = job.experiment, job.model, job.shards[client]
+) -> Tensor:
+    """Do `_train_one` by DP-SGD (Abadi et al. 2016) on Poisson batches of the client's samples."""
+    experiment, model, shard, draws = job.experiment, job.model, job.shards[client], _draws(job, round, client)
     rng = chance(experiment, "private", round, client)
-    expected, parameters = min(experiment.batch_size, len(shard)), slice(0, model.layout.trainable)
+    expected = min(experiment.batch_size, len(shard))
+    model.state = objective.state[row]
     model.module.train()
     for _ in range(steps):
         _check(stop)
@@ -123,11 +125,18 @@ def _train_private(
         model.weights.copy_(weights[0])
         x, y = job.inputs(index), job.y[index]
         norm, noise = experiment.clip_norm, experiment.noise_multiplier
-        gradient = private_gradient(model.module, x, y, norm, noise, expected, rng).to(weights.device)
-        weights[0, parameters].sub_(gradient, alpha=experiment.lr)
+        with draws.inside():
+            gradient = private_gradient(model.module, x, y, norm, noise, expected, rng).to(weights.device)
+        weights[0].sub_(gradient, alpha=experiment.lr)
         if drift is not None:
-            weights[0, parameters].sub_(drift[0, parameters], alpha=experiment.lr)
+            weights[0].sub_(drift[0], alpha=experiment.lr)
         objective.confine(weights, row)
+    return model.state
+
+
+def _draws(job: Task, round: int, client: int) -> Draws:
+    """Return the stream of the module's own randomness (dropout): it follows from (seed, round, client)."""
+    return Draws(int(chance(job.experiment, "module", round, client).integers(2**63)))
 
 
 def _check(stop: Event | None) -> None:

@@ -112,7 +112,7 @@ def slice_of(shapes: tuple[tuple[int, ...], ...], share: float) -> Tensor:
 
 
 def _slice(job: Task, share: float) -> Tensor:
-    if job.stack is None:
+    if job.model.stack is None:
         raise ValueError(
             "devices must be equal or unequal for a model that is not a plain chain of Flatten, Linear, ReLU, Conv2d "
             f"and MaxPool2d, as {job.experiment.model!r}, got 'sliced'"

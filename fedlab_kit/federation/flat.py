@@ -1,27 +1,41 @@
-"""A model as one vector: what is averaged, corrected, masked and sent is always a flat float32 tensor."""
+"""A model as two vectors: what is trained, which rounds average, compress, mask and noise, and its state.
+
+Three kinds of tensors are told apart here and nowhere else. *Parameters* are trained: they may be sent with loss,
+clipped, noised, masked. *State* is what training changes besides, running statistics and counters: it travels exactly
+and is averaged as its kind asks. Everything else, frozen weights and constants, neither moves nor travels.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedlab_kit.federation.stacked import Stack
+from fedlab_kit.models import Draws
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+"""The layers that count as normalization."""
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of the tensors in a flat vector: first the parameters, then the floating buffers.
-
-    `trainable` is how many leading entries are parameters; the rest (running statistics) travel too but have
-    no gradient.
-    """
+    """Names and shapes of tensors that lie end to end in a vector."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    trainable: int
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Layout:
+        """Return the layout of named tensors in their order."""
+        return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()))
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
@@ -34,38 +48,125 @@ class Layout:
     @property
     def size(self) -> int:
         """Length P of the vector."""
-        return self.slices[-1].stop
+        return sum(map(prod, self.shapes))
 
     def tensors(self, vector: Tensor) -> dict[str, Tensor]:
         """Return the named tensors as views into `vector` [P]."""
         parts = zip(self.names, self.shapes, self.slices, strict=True)
         return {name: vector[where].view(shape) for name, shape, where in parts}
 
+    def marked(self, names: set[str]) -> Tensor:
+        """Return which entries belong to the tensors of these names, bool [P]."""
+        marks = [torch.full((prod(s),), n in names) for n, s in zip(self.names, self.shapes, strict=True)]
+        return torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool)
+
 
 class FlatModel:
-    """A module whose parameters and floating buffers are views into `weights` [P], gradients into `gradient` [P].
+    """A module whose trained parameters are views into `weights` [P], their gradients into `gradient` [P].
 
-    Writing to `weights` changes the module and the other way round; nothing is copied. Integer buffers stay in
-    the module: counting batches is no business of an average. Raises ValueError for a parameter that is not float32.
+    Writing to `weights` changes the module and the other way round; nothing is copied. `state` reads and writes what
+    else training changes, float64 [S], in which whole numbers are exact; `whole` [S] marks those. `sample` [n, ...]
+    is a preprocessed batch by which state is told from constants. Raises ValueError for a trained parameter that is
+    not float32, for a model without any, and for one that remembers something which is not a tensor of its own.
     """
 
-    def __init__(self, module: nn.Module, device: str = "cpu") -> None:
+    def __init__(self, module: nn.Module, sample: Tensor, device: str = "cpu") -> None:
         self.module = module.to(device)
-        parameters = dict(module.named_parameters())
-        buffers = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
-        tensors = {**parameters, **buffers}
-        for name, tensor in tensors.items():
+        shape = tuple(sample.shape[1:])
+        self.stack = Stack(module, shape) if Stack.supports(module, shape) else None  # type: ignore[arg-type]
+        parameters: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        for name, tensor in parameters.items():
             if tensor.dtype != torch.float32:
                 raise ValueError(f"model tensor {name} must be float32, got {tensor.dtype}")
-        self.layout = Layout(
-            names=tuple(tensors),
-            shapes=tuple(tuple(t.shape) for t in tensors.values()),
-            trainable=sum(p.numel() for p in parameters.values()),
-        )
-        self.weights = torch.cat([t.detach().reshape(-1) for t in tensors.values()])
+        if not parameters:
+            raise ValueError(f"model {type(module).__name__} must have a parameter to train, all are frozen")
+        self.layout = Layout.of({name: p.detach() for name, p in parameters.items()})
+        self.weights = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
         self.gradient = torch.zeros_like(self.weights)
         slopes = self.layout.tensors(self.gradient)
         for name, view in self.layout.tensors(self.weights).items():
-            tensors[name].data = view
-            if name in parameters and parameters[name].requires_grad:
-                tensors[name].grad = slopes[name]
+            parameters[name].data = view
+            parameters[name].grad = slopes[name]
+        self._state = _state(module, sample.to(device))
+        for name, tensor in self._state.items():
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise ValueError(f"model buffer {name} must be float32 or whole numbers, got {tensor.dtype}")
+        self.state_layout = Layout.of(self._state)
+        self.whole = self.state_layout.marked({n for n, t in self._state.items() if not t.is_floating_point()})
+        self._constants = {n: b for n, b in module.named_buffers() if n not in self._state}
+        self._before = {name: constant.clone() for name, constant in self._constants.items()}
+
+    @property
+    def state(self) -> Tensor:
+        """The state now, a copy, float64 [S]."""
+        parts = [tensor.detach().cpu().double().reshape(-1) for tensor in self._state.values()]
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
+
+    @state.setter
+    def state(self, values: Tensor) -> None:
+        for name, value in self.state_layout.tensors(values).items():
+            self._state[name].copy_(value)
+
+    def load(self, weights: Tensor, state: Tensor) -> None:
+        """Make the module the one with `weights` [P] and `state` [S]."""
+        self.weights.copy_(weights)
+        self.state = state
+
+    @torch.no_grad()
+    def logits(self, chunks: Iterable[Tensor]) -> Tensor:
+        """Return what the model answers to preprocessed inputs that come in chunks [k, *shape]: [n, classes]."""
+        self.module.eval()
+        return torch.cat([self.stack.logits(self.weights, x) if self.stack else self.module(x) for x in chunks])
+
+    @property
+    def norms(self) -> set[str]:
+        """The names of the trained parameters that belong to normalization layers."""
+        owned = {id(p) for m in self.module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        return {name for name, p in self.module.named_parameters() if id(p) in owned and p.requires_grad}
+
+    def check_constants(self) -> None:
+        """Raise ValueError naming a buffer that training changed although it did not look like state."""
+        for name, constant in self._constants.items():
+            if not torch.equal(constant, self._before[name]):
+                raise ValueError(
+                    f"model buffer {name} must change in every training step or never, it changed in some: it is "
+                    "neither a constant nor state that could be averaged"
+                )
+
+
+def variances(layout: Layout) -> Tensor:
+    """Return which entries of a state are variances, bool [S]: they never fall below zero."""
+    return layout.marked({name for name in layout.names if name.endswith("running_var")})
+
+
+def _state(module: nn.Module, sample: Tensor) -> dict[str, Tensor]:
+    """Return the buffers that are state: running statistics, and what two steps of training on a copy change."""
+    buffers, layers = dict(module.named_buffers()), dict(module.named_modules())
+    if not buffers and all(type(layer).__module__.startswith("torch.nn.") for layer in layers.values()):
+        return {}
+    norms = [name for name, layer in layers.items() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+    tried, seen = copy.deepcopy(module).train(), []
+    for _ in range(2):  # what is filled once and then stays is a cache, and decides nothing
+        with torch.no_grad(), Draws(0).inside():
+            tried(sample if len(sample) > 1 else torch.cat([sample, sample]))
+        seen.append(_remembered(tried))
+    if changed := [name for name, value in seen[1].items() if seen[0].get(name, value) != value]:
+        raise ValueError(f"model attribute {changed[0]} changes while training and would not travel: make it a buffer")
+    after = dict(tried.named_buffers())
+    return {n: b for n, b in buffers.items() if n.rpartition(".")[0] in norms or not torch.equal(b, after[n])}
+
+
+def _remembered(module: nn.Module) -> dict[str, Any]:
+    """Return the plain values that layers hold in attributes of their own, and the bytes of tensors that they do."""
+    return {
+        f"{name}.{key}".removeprefix("."): value.detach().cpu().numpy().tobytes()
+        if isinstance(value, Tensor)
+        else repr(value)
+        for name, layer in module.named_modules()
+        for key, value in vars(layer).items()
+        if isinstance(value, Tensor | int | float | str) or (isinstance(value, list | tuple) and _numbers(value))
+    }
+
+
+def _numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)

@@ -7,6 +7,7 @@ PyTorch stores it, flattening copies nothing, and a row of pixels is one contigu
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Saved = tuple[Any, ...]
+LINE = 16  # float32 numbers in a cache line of 64 bytes
 
 
 class Linear:
@@ -25,8 +27,12 @@ class Linear:
 
     def forward(self, parameters: list[Tensor], x: Tensor) -> tuple[Tensor, Saved]:
         """Return y, and what `backward` needs."""
-        weight, x = parameters[0].view(-1, *self.shape), x.flatten(1, -2)
-        y = torch.bmm(weight, x) if len(parameters) == 1 else torch.baddbmm(parameters[1].unsqueeze(2), weight, x)
+        weight, x = parameters[0].view(-1, *self.shape), on_lines(x.flatten(1, -2))
+        y = room(x, len(x), self.shape[0], x.size(2))
+        if len(parameters) == 1:
+            torch.bmm(weight, x, out=y)
+        else:
+            torch.baddbmm(parameters[1].unsqueeze(2), weight, x, out=y)
         return y.clamp_min_(0) if self.relu else y, (weight, x, y)
 
     def backward(self, saved: Saved, dy: Tensor, parameters: list[Tensor], lr: float, need_input: bool) -> Any:
@@ -34,7 +40,9 @@ class Linear:
         weight, x, y = saved
         if self.relu:
             dy = _where_positive(dy, y)
-        dx = torch.bmm(weight.transpose(1, 2), dy) if need_input else None  # before the step changes the weight
+        dy, dx = on_lines(dy), None
+        if need_input:  # before the step changes the weight
+            dx = torch.bmm(weight.transpose(1, 2), dy, out=room(x, *x.shape))
         parameters[0].view(-1, *self.shape).baddbmm_(dy, x.transpose(1, 2), alpha=-lr)
         for bias in parameters[1:]:
             bias.sub_(dy.sum(2), alpha=lr)
@@ -62,11 +70,12 @@ class Conv:
     def forward(self, parameters: list[Tensor], x: Tensor) -> tuple[Tensor, Saved]:
         """Return y, and what `backward` needs."""
         offsets, clients = self.pool**2, x.size(0)
-        spread = x.new_zeros(clients, offsets * self.out, self.inputs * self.side**2)
+        spread = room(x, clients, offsets * self.out, self.inputs * self.side**2).zero_()
         kernel = parameters[0].view(clients, 1, 1, self.out, self.inputs, self.kernel, self.kernel)
         self._kernels(spread).copy_(kernel)
-        patches = self._windows(self._phases(x)).reshape(clients, spread.size(2), -1)
-        levels = [torch.bmm(spread, patches).view(clients, offsets, -1)]
+        patches = on_lines(self._windows(self._phases(x)).reshape(clients, spread.size(2), -1))
+        blocks = room(x, clients, spread.size(1), patches.size(2))
+        levels = [torch.bmm(spread, patches, out=blocks).view(clients, offsets, -1)]
         while levels[-1].size(1) > 1:
             pairs = levels[-1].unflatten(1, (-1, 2))
             levels.append(torch.maximum(pairs[:, :, 0], pairs[:, :, 1]))
@@ -85,8 +94,8 @@ class Conv:
             dy = _where_positive(dy, y)
         for bias in parameters[1:]:
             bias.sub_(dy.sum(2), alpha=lr)
-        dy = _unpool(dy.view(levels[-1].shape), levels).view(len(y), -1, y.size(2))
-        dkernels = self._kernels(torch.bmm(dy, patches.transpose(1, 2)))
+        dy = on_lines(_unpool(dy.view(levels[-1].shape), levels).view(len(y), -1, y.size(2)))
+        dkernels = self._kernels(torch.bmm(dy, patches.transpose(1, 2), out=room(spread, *spread.shape)))
         parameters[0].sub_(dkernels.reshape(len(y), self.pool**2, -1).sum(1), alpha=lr)
         return self._fold(torch.bmm(spread.transpose(1, 2), dy, out=patches)) if need_input else None
 
@@ -94,7 +103,7 @@ class Conv:
         """View spread kernels as [C, p, p, out, in, k, k]: the block of each offset, moved by that offset."""
         s, p, k, block = self.side, self.pool, self.kernel, self.out * self.inputs * self.side**2
         size = (len(spread), p, p, self.out, self.inputs, k, k)
-        stride = (p * p * block, p * block + s, block + 1, self.inputs * s * s, s * s, s, 1)
+        stride = (spread.stride(0), p * block + s, block + 1, self.inputs * s * s, s * s, s, 1)
         return spread.as_strided(size, stride)
 
     def _phases(self, x: Tensor) -> Tensor:
@@ -122,6 +131,23 @@ class Conv:
     def _used(self) -> tuple[int, int]:
         """Return how many rows and columns of x the patches cover (short of x by a remainder, or beyond it)."""
         return (self.rows + self.tiles - 1) * self.pool, (self.cols + self.tiles - 1) * self.pool
+
+
+def room(like: Tensor, *shape: int) -> Tensor:
+    """Return an empty tensor [C, ...] each of whose rows begins at a cache line.
+
+    On some processors a matrix product rounds by where its numbers lie, so that a client's weights would depend on
+    how many others are trained with it.
+    """
+    size = prod(shape[1:])
+    return like.new_empty(shape[0], -(-size // LINE) * LINE)[:, :size].view(shape)
+
+
+def on_lines(x: Tensor) -> Tensor:
+    """Return x [C, ...], copied to where each row begins at a cache line unless it is so laid out already."""
+    if x.stride(0) % LINE == 0 and x[0].is_contiguous():
+        return x
+    return room(x, *x.shape).copy_(x)
 
 
 def _unpool(dy: Tensor, levels: list[Tensor]) -> Tensor:

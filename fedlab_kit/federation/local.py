@@ -19,11 +19,12 @@ from fedlab_kit.wire.privacy import clip
 
 
 def client_step(
-    experiment: Experiment, round: int, client_id: int, broadcast: bytes, client_state: ClientState
+    experiment: Experiment | Task, round: int, client_id: int, broadcast: bytes, client_state: ClientState
 ) -> tuple[bytes, ClientState]:
     """Train one client and return its payload and its new state.
 
-    `broadcast` is what the server sent it, `client_state` what it kept from earlier rounds ({} at first). Raises
+    `broadcast` is what the server sent it, `client_state` what it kept from earlier rounds ({} at first). An experiment
+    with a `start` or a `teacher` comes as a task, which has their models. Raises
     `PayloadError` when the broadcast is damaged.
     """
     payloads, states = cohort_step(experiment, round, {client_id: broadcast}, {client_id: client_state})
@@ -31,7 +32,7 @@ def client_step(
 
 
 def cohort_step(
-    experiment: Experiment,
+    experiment: Experiment | Task,
     round: int,
     broadcasts: Mapping[int, bytes],
     states: Mapping[int, ClientState],
@@ -46,13 +47,15 @@ def cohort_step(
     job.teach(ids)
     objective = _objective(job, received, [states[client] for client in ids])
     plans = [plan(job, round, client) for client in ids]
-    trained = descend(job, round, ids, plans, objective, stop)
-    growths = [_growth(job, round, *client) for client in zip(ids, trained, received, strict=True)]
+    trained, inner = descend(job, round, ids, plans, objective, stop)
+    growths = [_growth(job, round, *client) for client in zip(ids, trained, inner, received, strict=True)]
     updates = trained.sub_(objective.start)  # in place: these are the largest tensors of a round
     payloads, after = {}, {}
     for k, client in enumerate(ids):
-        answer, memory = _answer(job, client, updates[k], growths[k], received[k], len(plans[k]), states[client])
+        answer = Answer(job.samples(client), updates[k], inner[k], growth=growths[k])
+        answer, memory = _answer(job, answer, received[k], len(plans[k]), states[client])
         payloads[client], after[client] = pack_payload(job, round, client, answer, received[k].mask, memory)
+    job.model.check_constants()
     return payloads, after
 
 
@@ -64,7 +67,7 @@ def _open(
     received = []
     for client in ids:
         message, memory = broadcasts[client], states[client]
-        if memory.keys() & {"copy", "mask"}:
+        if memory.keys() & {"copy", "mask", "own", "state"}:
             received.append(open_broadcast(job, client, message, memory))
         else:
             key = message, width(job, client)
@@ -88,26 +91,30 @@ def _objective(job: Task, received: list[Broadcast], states: list[ClientState]) 
     if job.experiment.devices == "sliced":
         views = [b.weights.new_ones(b.weights.shape) if b.mask is None else b.mask.float() for b in received]
         mask = torch.stack(views)
-    return Objective(job, start, pull, shift, mask)
+    return Objective(job, start, torch.stack([b.state for b in received]), pull, shift, mask)
 
 
-def _growth(job: Task, round: int, client: int, trained: Tensor, got: Broadcast) -> Tensor | None:
+def _growth(job: Task, round: int, client: int, trained: Tensor, state: Tensor, got: Broadcast) -> Tensor | None:
     """Return the gradient by which pruned weights grow back, in a round where they do."""
     if got.mask is None or not grows(job.experiment, round):
         return None
-    return dense_gradient(job, trained, client, got.mask)
+    return dense_gradient(job, trained, state, client, got.mask)
 
 
-def _answer(
-    job: Task, client: int, update: Tensor, growth: Tensor | None, got: Broadcast, steps: int, state: ClientState
-) -> tuple[Answer, ClientState]:
-    """Return what the client has to say and what it keeps until it is next asked."""
-    experiment, memory, control = job.experiment, keep(job.experiment, got, state), None
+def _answer(job: Task, answer: Answer, got: Broadcast, steps: int, state: ClientState) -> tuple[Answer, ClientState]:
+    """Return what the client has to say of what it learned, and what it keeps until it is next asked."""
+    experiment, memory, update = job.experiment, keep(job, got, state), answer.update
+    if job.shared is not None and answer.state is not None:
+        memory["own"], memory["state"] = (got.weights + update).cpu()[~job.shared], answer.state
+        update = update * job.shared.to(update.device)
     if experiment.privacy == "client":
         update = clip(update, experiment.clip_norm)
+    control = None
     if got.control is not None:
         # Option II of Karimireddy et al. 2020: the mean gradient that was really used becomes the control.
         own = state.get("control", torch.zeros_like(update)).to(update.device)
         new = own - got.control - update / (steps * experiment.lr)
+        if got.mask is not None:
+            own, new = own * got.mask, new * got.mask
         control, memory["control"] = new - own, new.cpu()
-    return Answer(job.samples(client), update, control, growth), memory
+    return answer._replace(update=update, control=control), memory

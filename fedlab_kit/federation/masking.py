@@ -12,7 +12,7 @@ from math import ceil, cos, pi
 import torch
 from torch import Tensor
 
-from fedlab_kit.compression.prune import magnitude_mask, mask_ratio, prunable_mask, random_mask, regrow
+from fedlab_kit.compression.prune import mask_ratio, masked_share, prunable_mask, random_mask, regrow, shrink
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.task import Task
 
@@ -20,13 +20,30 @@ EXCHANGE = 0.2  # share of the kept weights that a dynamic mask exchanges at fir
 
 
 def first_mask(job: Task) -> Tensor | None:
-    """Return the mask before round one, bool [P], or None where nothing is masked; every client can work it out."""
-    experiment = job.experiment
-    if experiment.start_recipe is not None and experiment.start_recipe.prune == "weight":
-        return (job.initial != 0) | ~prunable_mask(job.model.layout.shapes).to(job.initial.device)
-    if experiment.mask_ratio and experiment.mask_schedule in ("dynamic", "fixed"):
-        return random_mask(job.model.layout.shapes, experiment.mask_ratio, experiment.seed).to(job.initial.device)
+    """Return the mask before round one, bool [P], or None where nothing is masked; every client can work it out.
+
+    What a `start` was pruned of stays zero. A dynamic or a fixed mask has its full size from the beginning: what it
+    still lacks is drawn at random, or after a pruned start taken from its smallest weights.
+    """
+    experiment, shapes = job.experiment, job.model.layout.shapes
+    whole = experiment.mask_ratio and experiment.mask_schedule in ("dynamic", "fixed")
+    if was_pruned(experiment):
+        kept = (job.initial != 0) | ~prunable_mask(shapes).to(job.initial.device)
+        scores = torch.rand(len(kept), generator=torch.Generator().manual_seed(experiment.seed)).to(kept.device)
+        scores = scores if experiment.mask_schedule == "fixed" else job.initial.abs()
+        return shrink(kept, scores, shapes, experiment.mask_ratio) if whole else kept
+    if whole:
+        return random_mask(shapes, experiment.mask_ratio, experiment.seed).to(job.initial.device)
     return None
+
+
+def was_pruned(experiment: Experiment) -> bool:
+    """Whether a model begins with weights pruned away: by the start recipe, or in the rounds of its start."""
+    start, recipe = experiment.start, experiment.start_recipe
+    if start is None:
+        return False
+    by_recipe = recipe is not None and recipe.prune == "weight" and recipe.prune_ratio > 0
+    return by_recipe or start.mask_ratio > 0 or was_pruned(start)
 
 
 def adjusts(experiment: Experiment, round: int) -> bool:
@@ -51,17 +68,20 @@ def exchanged(experiment: Experiment, round: int) -> float:
 def next_mask(job: Task, round: int, weights: Tensor, mask: Tensor | None, gradient: Tensor | None) -> Tensor:
     """Return the mask after this round for the averaged `weights` [P]; `gradient` [P] only where the mask grows."""
     experiment, shapes = job.experiment, job.model.layout.shapes
-    if experiment.mask_schedule == "dynamic" and mask is not None and gradient is not None:
+    if mask is not None and gradient is not None:
         return regrow(mask, weights, gradient, shapes, exchanged(experiment, round))
     first = 0 if experiment.mask_schedule == "gradual" else round - 1
     last = _last(experiment) if experiment.mask_schedule == "gradual" else round
-    return magnitude_mask(weights, shapes, mask_ratio(round, first, last, experiment.mask_ratio))
+    begun = first_mask(job)
+    before = 0.0 if begun is None else masked_share(begun, shapes)
+    ratio = mask_ratio(round, first, last, experiment.mask_ratio, before)
+    return shrink(torch.ones_like(weights, dtype=torch.bool) if mask is None else mask, weights.abs(), shapes, ratio)
 
 
-def dense_gradient(job: Task, weights: Tensor, client: int, mask: Tensor) -> Tensor:
-    """Return the client's gradient [P] at `weights` over at most 200 of its samples, zero where the mask keeps."""
+def dense_gradient(job: Task, weights: Tensor, state: Tensor, client: int, mask: Tensor) -> Tensor:
+    """Return the client's gradient [P] over at most 200 of its samples, zero where the mask keeps."""
     model, index = job.model, job.shards[client][:200].to(job.experiment.device)
-    model.weights.copy_(weights)
+    model.load(weights, state)
     model.gradient.zero_()
     model.module.eval()
     torch.nn.functional.cross_entropy(model.module(job.inputs(index)), job.y[index]).backward()

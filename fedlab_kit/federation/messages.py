@@ -12,11 +12,22 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.compression.prune import prunable_mask
-from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.devices import view
+from fedlab_kit.federation.flat import variances
 from fedlab_kit.federation.masking import exchanged, first_mask, grows
-from fedlab_kit.federation.task import OUTCOMES, Task, chance
-from fedlab_kit.wire import Bits, Codec, NotFinite, PayloadError, compensate, make, pack, unpack_all, unpack_first
+from fedlab_kit.federation.task import Task, chance
+from fedlab_kit.wire import (
+    Bits,
+    Codec,
+    Exact,
+    NotFinite,
+    PayloadError,
+    compensate,
+    make,
+    pack,
+    unpack_all,
+    unpack_first,
+)
 
 ClientState = dict[str, Tensor]
 
@@ -24,20 +35,24 @@ WHOLE, MASK, TEACHER = 1, 2, 4  # bits of a broadcast's first byte: the model it
 
 
 class Broadcast(NamedTuple):
-    """What a client knows after it has opened a broadcast: all [P], None where the experiment has no such thing."""
+    """What a client knows after it has opened a broadcast: `state` [S], the others [P], None where there is no such."""
 
     weights: Tensor
-    control: Tensor | None
-    mask: Tensor | None
+    state: Tensor
+    control: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Answer(NamedTuple):
-    """What the server reads from a payload: samples, the update [P], SCAFFOLD's change, the gradient to grow by."""
+    """What the server reads from a payload: samples, the update [P], the client's state [S] (None where it stays),
+    SCAFFOLD's change and the gradient to grow by [P].
+    """
 
     samples: int
     update: Tensor
-    control: Tensor | None
-    growth: Tensor | None
+    state: Tensor | None = None
+    control: Tensor | None = None
+    growth: Tensor | None = None
 
 
 def pack_broadcast(
@@ -52,19 +67,21 @@ def pack_broadcast(
     experiment, rng = job.experiment, chance(job.experiment, "broadcast", round, client)
     fp32, zstd = make("fp32"), experiment.zstd
     whole = experiment.downlink == "fp32" or (copy is None and experiment.start is not None)
-    frames = []
-    if tell_mask and parts.mask is not None:
-        frames.append(pack(Bits(), parts.mask.float().cpu(), samples=0, rng=rng, zstd=zstd))
-    codec = fp32 if whole else _downlink(job)
     known = torch.zeros_like(parts.weights) if whole else job.initial if copy is None else copy
-    vector = _compact((parts.weights - known).cpu(), seen(job, client, parts.mask))
-    frames.append(pack(codec, vector, samples=0, rng=rng, zstd=zstd))
+    vector = _compact((parts.weights - known).cpu(), travelling(job, seen(job, client, parts.mask)))
+    frames: list[tuple[Codec, Tensor]] = [(fp32 if whole else _downlink(job), vector)]
+    if tell_mask and parts.mask is not None:
+        frames.insert(0, (Bits(), parts.mask.float().cpu()))
+    if exact := _state_codec(job):
+        frames.append((exact, parts.state))
     if parts.control is not None:
-        frames.append(pack(fp32, parts.control.cpu(), samples=0, rng=rng, zstd=zstd))
-    if tell_teacher and experiment.teacher is not None:
-        frames.append(pack(fp32, OUTCOMES[experiment.teacher].cpu(), samples=0, rng=rng, zstd=zstd))
+        frames.append((fp32, _compact(parts.control.cpu(), job.shared)))
+    teacher = job.parents.teacher
+    if tell_teacher and teacher is not None:
+        frames.append((fp32, teacher.weights.cpu()))
+        frames.extend([(Exact(teacher.whole), teacher.state)] * bool(teacher.state_layout.size))
     contents = WHOLE * whole | MASK * tell_mask | TEACHER * tell_teacher
-    return bytes([contents]) + b"".join(frames)
+    return bytes([contents]) + b"".join(pack(codec, x, samples=0, rng=rng, zstd=zstd) for codec, x in frames)
 
 
 def open_broadcast(job: Task, client: int, message: bytes, memory: ClientState) -> Broadcast:
@@ -74,26 +91,36 @@ def open_broadcast(job: Task, client: int, message: bytes, memory: ClientState) 
         raise PayloadError("an empty broadcast")
     contents, rest, fp32 = message[0], message[1:], make("fp32")
     mask = seen(job, client, memory.get("mask", first_mask(job)))
-    tail = [(fp32, size)] * (experiment.strategy == "scaffold")
-    if contents & TEACHER and experiment.teacher is not None:
-        tail.append((fp32, len(OUTCOMES[experiment.teacher])))
     if contents & MASK:
         bits, rest = unpack_first(rest, Bits(), size=size)
         mask = bits.bool()
-    kept = size if mask is None else int(mask.sum())
-    codec = fp32 if contents & WHOLE else _downlink(job)
-    _, vectors = unpack_all(rest, [(codec, kept), *tail])
-    weights = _spread(vectors[0], mask, size).to(device)
+    where = travelling(job, mask)
+    schema = [(fp32 if contents & WHOLE else _downlink(job), _length(job, where))]
+    if exact := _state_codec(job):
+        schema.append((exact, job.model.state_layout.size))
+    if experiment.strategy == "scaffold":
+        schema.append((fp32, _length(job, job.shared)))
+    teacher = job.parents.teacher
+    if contents & TEACHER and teacher is not None:
+        schema.append((fp32, teacher.layout.size))
+        schema.extend([(Exact(teacher.whole), teacher.state_layout.size)] * bool(teacher.state_layout.size))
+    _, vectors = unpack_all(rest, schema)
+    weights = _spread(vectors[0], where, size).to(device)
     if not contents & WHOLE:
         known = memory.get("copy", job.initial).to(device)
         weights = weights + (known if mask is None else known * mask.to(device))
-    control = vectors[1].to(device) if experiment.strategy == "scaffold" else None
-    return Broadcast(weights, control, None if mask is None else mask.to(device))
+    state = vectors[1] if exact else memory.get("state", job.initial_state)
+    if job.shared is not None:
+        weights[~job.shared] = memory.get("own", job.initial[~job.shared]).to(device)
+    control = (
+        _spread(vectors[1 + bool(exact)], job.shared, size).to(device) if experiment.strategy == "scaffold" else None
+    )
+    return Broadcast(weights, state, control, None if mask is None else mask.to(device))
 
 
-def keep(experiment: Experiment, got: Broadcast, memory: ClientState) -> ClientState:
+def keep(job: Task, got: Broadcast, memory: ClientState) -> ClientState:
     """Return `memory` with what the client must still hold when its next broadcast comes."""
-    memory = dict(memory)
+    memory, experiment = dict(memory), job.experiment
     if experiment.downlink != "fp32":
         memory["copy"] = got.weights.cpu()
     if got.mask is not None and experiment.mask_schedule != "fixed" and experiment.devices != "sliced":
@@ -118,41 +145,52 @@ def _pack_payload(
     job: Task, round: int, client: int, answer: Answer, mask: Tensor | None, memory: ClientState
 ) -> tuple[bytes, ClientState]:
     experiment, rng = job.experiment, chance(job.experiment, "encode", round, client)
-    vector, samples, zstd, codec = _compact(answer.update.cpu(), mask), answer.samples, experiment.zstd, uplink(job)
+    where, samples, zstd, codec = travelling(job, mask), answer.samples, experiment.zstd, uplink(job)
+    vector = _compact(answer.update.cpu(), where)
     if experiment.error_feedback and not codec.unbiased:  # what is right on average leaves nothing worth keeping
-        residual = _compact(memory.get("residual", torch.zeros(job.model.layout.size)), mask)
-        frame, left = compensate(vector, residual, codec, rng, samples=samples, zstd=zstd)
-        memory["residual"] = _spread(left, mask, job.model.layout.size)
+        residual = _compact(memory.get("residual", torch.zeros(job.model.layout.size)), where)
+        payload, left = compensate(vector, residual, codec, rng, samples=samples, zstd=zstd)
+        memory["residual"] = _spread(left, where, job.model.layout.size)
     else:
-        frame = pack(codec, vector, samples=samples, rng=rng, zstd=zstd)
-    frames = [frame]
+        payload = pack(codec, vector, samples=samples, rng=rng, zstd=zstd)
+    frames: list[tuple[Codec, Tensor]] = []
+    if answer.state is not None and (exact := _state_codec(job)):
+        frames.append((exact, answer.state))
     if answer.control is not None:
-        frames.append(pack(make("fp32"), answer.control.cpu(), samples=samples, rng=rng, zstd=zstd))
+        frames.append((make("fp32"), _compact(answer.control.cpu(), job.shared)))
     if answer.growth is not None and mask is not None:
-        where, growing = _growth(job, round, mask)
-        frames.append(pack(growing, answer.growth.cpu()[where], samples=samples, rng=rng, zstd=zstd))
-    return b"".join(frames), memory
+        candidates, growing = _growth(job, round, mask)
+        frames.append((growing, answer.growth.cpu()[candidates]))
+    return payload + b"".join(pack(c, x, samples=samples, rng=rng, zstd=zstd) for c, x in frames), memory
 
 
 def open_payload(job: Task, round: int, payload: bytes, mask: Tensor | None) -> Answer:
-    """Open what `pack_payload` made. Raises PayloadError with the reason why it is refused."""
-    size, scaffold = job.model.layout.size, job.experiment.strategy == "scaffold"
+    """Open what `pack_payload` made of a client whose view is `mask`. Raises PayloadError saying why it is refused."""
+    size, device = job.model.layout.size, job.experiment.device
     if not payload:
         raise PayloadError("an empty payload: its training diverged")
-    schema = [(uplink(job), size if mask is None else int(mask.sum()))] + [(make("fp32"), size)] * scaffold
-    where = None
+    where = travelling(job, mask)
+    schema = [(uplink(job), _length(job, where))]
+    if exact := _state_codec(job):
+        schema.append((exact, job.model.state_layout.size))
+    if scaffold := job.experiment.strategy == "scaffold":
+        schema.append((make("fp32"), _length(job, job.shared)))
+    candidates = None
     if mask is not None and grows(job.experiment, round):
-        where, growing = _growth(job, round, mask)
-        schema.append((growing, int(where.sum())))
+        candidates, growing = _growth(job, round, mask)
+        schema.append((growing, int(candidates.sum())))
     samples, vectors = unpack_all(payload, schema)
     if not samples:
         raise PayloadError("an update made of no samples")
-    device = job.experiment.device
+    state = vectors[1] if exact else None
+    if state is not None and bool((state[variances(job.model.state_layout)] < 0).any()):
+        raise PayloadError("a running variance below zero")
     return Answer(
         samples=samples,
-        update=_spread(vectors[0], mask, size).to(device),
-        control=vectors[1].to(device) if scaffold else None,
-        growth=None if where is None else _spread(vectors[-1], where, size).to(device),
+        update=_spread(vectors[0], where, size).to(device),
+        state=state,
+        control=_spread(vectors[1 + bool(exact)], job.shared, size).to(device) if scaffold else None,
+        growth=None if candidates is None else _spread(vectors[-1], candidates, size).to(device),
     )
 
 
@@ -160,6 +198,11 @@ def seen(job: Task, client: int, mask: Tensor | None) -> Tensor | None:
     """Return the client's view, bool [P]: its slice, or else the `mask` that all share; None is the whole model."""
     narrow = view(job, client)
     return mask if narrow is None else narrow
+
+
+def travelling(job: Task, view: Tensor | None) -> Tensor | None:
+    """Return which weights of a client's `view` [P] travel: all but those of the layers that it keeps to itself."""
+    return view if job.shared is None else job.shared if view is None else view.cpu() & job.shared
 
 
 def uplink(job: Task) -> Codec:
@@ -171,6 +214,16 @@ def uplink(job: Task) -> Codec:
 def _downlink(job: Task) -> Codec:
     e = job.experiment
     return make(e.downlink, keep=e.downlink_keep, bucket=e.bucket, rounding=e.rounding)
+
+
+def _state_codec(job: Task) -> Exact | None:
+    """Return how a model's state travels; None where it has none or every client keeps its own."""
+    stays = job.shared is not None or not job.model.state_layout.size
+    return None if stays else Exact(job.model.whole)
+
+
+def _length(job: Task, mask: Tensor | None) -> int:
+    return job.model.layout.size if mask is None else int(mask.sum())
 
 
 def _growth(job: Task, round: int, mask: Tensor) -> tuple[Tensor, Codec]:

@@ -12,7 +12,7 @@ from fedlab_kit.federation.task import Task
 
 @dataclass(frozen=True)
 class Objective:
-    """One round's objective for a cohort whose clients are the rows of `start` [C, P].
+    """One round's objective for a cohort whose clients are the rows of `start` [C, P] and of their `state` [C, S].
 
     `pull` draws back towards `start` (FedProx, Li et al. 2020), `shift` [C, P] is added to the gradients (SCAFFOLD,
     Karimireddy et al. 2020), `mask`, [P] or a row for each client [C, P], marks the weights that may differ from zero.
@@ -20,6 +20,7 @@ class Objective:
 
     job: Task
     start: Tensor
+    state: Tensor
     pull: float = 0.0
     shift: Tensor | None = None
     mask: Tensor | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from math import isfinite
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.combine import combine
 from fedlab_kit.federation.devices import lateness, width
 from fedlab_kit.federation.masking import adjusts, first_mask, next_mask
-from fedlab_kit.federation.messages import Answer, Broadcast, open_payload, pack_broadcast, seen
+from fedlab_kit.federation.messages import Answer, Broadcast, ClientState, open_payload, pack_broadcast, seen
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.strategies import Slots, mean
 from fedlab_kit.federation.task import Evaluation, Task, chance, task
@@ -22,27 +23,41 @@ from fedlab_kit.wire import PayloadError
 from fedlab_kit.wire.privacy import poisson_sample
 
 NOBODY: Mapping[int, str] = {}
+CROWD, ABSURD = 3, 100  # answers from which on one may be called absurd, and by how many medians
 
 
 @dataclass(frozen=True)
 class ServerState:
     """All that the server remembers after `round` rounds.
 
-    `weights` [P] is the global model, `slots` what the strategy keeps (momentum, moments, the control variate),
-    `sent` the bytes broadcast to each client of the round under way.
+    `weights` [P] is the global model, `slots` what the strategy keeps (momentum, moments, the control variate) and the
+    model's state, `sent` the bytes broadcast to each client of the round under way.
     """
 
-    experiment: Experiment
+    job: Task
     round: int
     weights: Tensor
     slots: Slots = field(default_factory=dict)
     sent: Mapping[int, int] = field(default_factory=dict)
 
+    @property
+    def experiment(self) -> Experiment:
+        """What is asked for."""
+        return self.job.experiment
 
-def start(experiment: Experiment) -> ServerState:
-    """Return the state before round one: the weights that the seed gives, or those of another run, and the mask."""
+    @property
+    def state(self) -> Tensor:
+        """The state [S] of the global model."""
+        return self.slots.get("state", self.job.initial_state)
+
+
+def start(experiment: Experiment | Task) -> ServerState:
+    """Return the state before round one: the weights that the seed gives, or those of another run, and the mask.
+
+    An experiment with a `start` or a `teacher` comes as a task, which has their models.
+    """
     job = task(experiment)
-    weights, mask, slots = job.initial.clone(), first_mask(job), {}
+    experiment, weights, mask, slots = job.experiment, job.initial.clone(), first_mask(job), {}
     if experiment.strategy == "scaffold":
         slots["control"] = torch.zeros_like(weights)
     if experiment.teacher is not None:
@@ -51,7 +66,7 @@ def start(experiment: Experiment) -> ServerState:
         # A random mask follows from the seed; one that was pruned from another run has to be told.
         slots["mask"], slots["told"] = mask, torch.full((experiment.clients,), experiment.start is None)
         weights = weights * mask
-    return ServerState(experiment, 0, weights, slots)
+    return ServerState(job, 0, weights, slots)
 
 
 def select(experiment: Experiment, round: int) -> list[int]:
@@ -79,8 +94,8 @@ def broadcast(
     `copies` are the weights [P] that each client holds since it was last sent something (None: never); the server
     keeps them for every downlink codec but fp32.
     """
-    experiment, slots, job = state.experiment, state.slots, task(state.experiment)
-    parts = Broadcast(state.weights, slots.get("control"), slots.get("mask"))
+    experiment, slots, job = state.experiment, state.slots, state.job
+    parts = Broadcast(state.weights, state.state, slots.get("control"), slots.get("mask"))
     messages, made = {}, {}
     for client in ids:
         news = tuple(name in slots and not slots[name][client] for name in ("told", "taught"))
@@ -98,22 +113,40 @@ def without(state: ServerState, unreached: AbstractSet[int]) -> ServerState:
 
 
 def server_step(
-    state: ServerState, payloads: Mapping[int, bytes], silent: Mapping[int, str] = NOBODY
+    state: ServerState,
+    payloads: Mapping[int, bytes],
+    silent: Mapping[int, str] = NOBODY,
+    kept: Mapping[int, ClientState] | None = None,
 ) -> tuple[ServerState, RoundRecord]:
     """Decode the payloads by client id, combine them, take the strategy's step, evaluate.
 
     The mean is weighted by samples over those who answered (McMahan et al. 2017); if nobody did, the model stays as
-    it is. `silent` says why a client sent nothing; the record lists it among the refused. The record's `seconds` are
-    left 0 for the loop to fill in.
+    it is. `silent` says why a client sent nothing; the record lists it among the refused. `kept` is what clients keep,
+    by id, where their models are their own and are to be evaluated. The record's `seconds` are left 0 for the loop to
+    fill in.
     """
-    job = task(state.experiment)
+    job = state.job
     answers, refused = _receive(job, state, payloads)
-    refused = tuple(sorted((*refused, *silent.items())))
+    silenced = tuple(sorted((*refused.items(), *silent.items())))
     weights, slots = combine(job, state.round + 1, state.weights, state.slots, answers)
-    heard = _heard(slots, list(answers), [client for client, _ in refused])
+    heard = _heard(slots, list(answers), [client for client, _ in silenced])
     weights, slots = _prune(job, state, answers, weights, heard)
-    record = _record(state, payloads, tuple(answers), refused, job.evaluate(weights, job.dataset.validation))
-    return replace(state, round=record.round, weights=weights, slots=slots, sent={}), record
+    after = replace(state, round=state.round + 1, weights=weights, slots=slots, sent={})
+    result = _evaluate(after, {c: m for c, m in (kept or {}).items() if c not in refused})
+    record = _record(state, payloads, tuple(answers), silenced, result, _finite(after))
+    return after, record
+
+
+def _evaluate(state: ServerState, kept: Mapping[int, ClientState]) -> Evaluation:
+    job = state.job
+    if job.shared is None:
+        return job.evaluate(state.weights, job.dataset.validation, state.state)
+    return job.evaluate_own(job.own_model(state.weights, kept.get(client, {})) for client in range(len(job.shards)))
+
+
+def _finite(state: ServerState) -> bool:
+    """Whether all that the server remembers is finite: an infinite moment stops every later step without a word."""
+    return all(bool(t.isfinite().all()) for t in (state.weights, *state.slots.values()) if t.is_floating_point())
 
 
 def _record(
@@ -122,10 +155,11 @@ def _record(
     answered: tuple[int, ...],
     refused: tuple[tuple[int, str], ...],
     result: Evaluation,
+    finite: bool,
 ) -> RoundRecord:
     """Return the record of the round that follows `state`."""
     accuracy, low, high = result.accuracy()
-    finite = isfinite(result.loss) and (bool(answered) or any(payloads.values()) or not payloads)
+    finite = finite and isfinite(result.loss) and (bool(answered) or any(payloads.values()) or not payloads)
     return RoundRecord(
         round=state.round + 1,
         accuracy=accuracy,
@@ -152,21 +186,40 @@ def _note(experiment: Experiment, finite: bool, anybody: bool) -> str:
     return "" if anybody else "nobody answered: the model stays as it was"
 
 
-def _receive(
-    job: Task, state: ServerState, payloads: Mapping[int, bytes]
-) -> tuple[dict[int, Answer], tuple[tuple[int, str], ...]]:
-    """Return the answers by client, and for each payload that is refused the client and the reason."""
-    answers, refused, round = {}, [], state.round + 1
+def _receive(job: Task, state: ServerState, payloads: Mapping[int, bytes]) -> tuple[dict[int, Answer], dict[int, str]]:
+    """Return the answers by client, and for each payload that is refused, by client, the reason."""
+    answers, refused, round = {}, {}, state.round + 1
     for client in sorted(payloads):
-        if late := lateness(job, round, client, state.sent.get(client, 0), len(payloads[client])):
-            refused.append((client, late))
-            continue
         try:
+            if client not in state.sent:
+                raise PayloadError("nobody asked it in this round")
+            if late := lateness(job, round, client, state.sent[client], len(payloads[client])):
+                raise PayloadError(late)
             mask = seen(job, client, state.slots.get("mask"))
-            answers[client] = open_payload(job, round, payloads[client], mask)
+            answer = open_payload(job, round, payloads[client], mask)
+            if answer.samples > (held := job.samples(client)):
+                raise PayloadError(f"it claims {answer.samples:,} samples and has {held:,}")
+            answers[client] = answer
         except PayloadError as error:
-            refused.append((client, str(error)))
-    return answers, tuple(refused)
+            refused[client] = str(error)
+    # Client-level privacy clips instead: there no answer may decide whether another's counts.
+    for client, why in (absurd(answers) if job.experiment.privacy != "client" else {}).items():
+        del answers[client]
+        refused[client] = why
+    return answers, refused
+
+
+def absurd(answers: Mapping[int, Answer]) -> dict[int, str]:
+    """Return the clients, of three or more, one of whose vectors is above 100 times as long as the cohort's median."""
+    found: dict[int, str] = {}
+    for part in ("update", "state", "control") if len(answers) >= CROWD else ():
+        vectors = {client: getattr(answer, part) for client, answer in answers.items()}
+        lengths = {client: float(vector.norm()) for client, vector in vectors.items() if vector is not None}
+        usual = median(lengths.values()) if lengths else 0.0
+        for client, length in lengths.items():
+            if not length <= ABSURD * usual and usual > 0:
+                found[client] = f"its {part} is {length / usual:,.0f} times as long as the median of the cohort"
+    return found
 
 
 def _heard(slots: Slots, answered: list[int], refused: list[int]) -> Slots:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -20,13 +21,19 @@ from fedlab_kit.compression.quantize import quantized
 from fedlab_kit.data import Dataset, Split, load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat import FlatModel
-from fedlab_kit.federation.stacked import Stack
 from fedlab_kit.models import build
-from fedlab_kit.partition import partition
+from fedlab_kit.partition import held_out, partition
 from fedlab_kit.statistics import wilson
 
-OUTCOMES: dict[Experiment, Tensor] = {}
-"""Final weights [P] of experiments that others start from or learn from; `rounds` and `train` fill it."""
+
+class Parents(NamedTuple):
+    """The finished models that an experiment begins from and learns from, where it asks for them."""
+
+    start: FlatModel | None = None
+    teacher: FlatModel | None = None
+
+
+NOBODY = Parents()
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,30 +41,34 @@ class Task:
     """What the rounds of one experiment work on; tensors live on the experiment's device.
 
     `x` [n, *shape] holds raw training values (preprocessed batch by batch, so that memory follows the cohort),
-    `y` [n] their labels, `shards` each client's indices into them, `stack` the fast path or None, `initial` [P] the
-    weights before the first round, `soft` [n, classes] the teacher's logits (None without a teacher; see `teach`).
+    `y` [n] their labels, `shards` each client's indices into them, `initial` [P] and `initial_state` [S] the model
+    before the first round, `shared` [P] which weights travel (None: all), `soft` [n, classes] the teacher's logits
+    (None without a teacher; see `teach`), `owner` [m] whose part each validation sample is, where clients have models
+    of their own. The model is scratch: a task serves one thread.
     """
 
     experiment: Experiment
+    parents: Parents
     dataset: Dataset
     shards: list[Tensor]
     model: FlatModel
-    stack: Stack | None
     x: Tensor
     y: Tensor
     initial: Tensor
+    initial_state: Tensor
+    shared: Tensor | None
     soft: Tensor | None
+    owner: Tensor | None
     taught: set[int] = field(default_factory=set)
 
     def teach(self, clients: list[int]) -> None:
         """Fill in the teacher's logits for the samples of these clients, once each."""
-        teacher = self.experiment.teacher
+        teacher = self.parents.teacher
         if teacher is None or self.soft is None:
             return
         for client in set(clients) - self.taught:
             shard = self.shards[client].to(self.soft.device)
-            split = Split(self.x[shard], self.y[shard])
-            self.soft[shard] = task(teacher).logits(OUTCOMES[teacher], split)
+            self.soft[shard] = teacher.logits(self._chunks(self.x[shard]))
             self.taught.add(client)
 
     def inputs(self, index: Tensor) -> Tensor:
@@ -71,18 +82,20 @@ class Task:
     @cached_property
     def _validation(self) -> list[Tensor]:
         """The validation inputs, which every round needs, preprocessed once."""
-        return list(self._chunks(self.dataset.validation))
+        return list(self._chunks(self.dataset.validation.x))
 
-    def _chunks(self, split: Split, chunk: int = 500) -> Iterable[Tensor]:
-        return (self.dataset.preprocess(raw) for raw in split.x.to(self.experiment.device).split(chunk))
+    def _chunks(self, x: Tensor, chunk: int = 500) -> Iterable[Tensor]:
+        return (self.dataset.preprocess(raw) for raw in x.to(self.experiment.device).split(chunk))
 
-    @torch.no_grad()
-    def logits(self, weights: Tensor, split: Split) -> Tensor:
-        """Return what the model with `weights` [P] answers on a whole split, as logits [n, classes]."""
-        self.model.weights.copy_(weights)
-        self.model.module.eval()
-        chunks = self._validation if split is self.dataset.validation else self._chunks(split)
-        return torch.cat([self.stack.logits(weights, x) if self.stack else self.model.module(x) for x in chunks])
+    def logits(self, weights: Tensor, split: Split, state: Tensor | None = None) -> Tensor:
+        """Return what the model with `weights` [P] and `state` [S] answers on a whole split, as logits [n, classes].
+
+        Raises ValueError when the model has a state and none is given.
+        """
+        if state is None and self.model.state_layout.size:
+            raise ValueError(f"state must be given: the model has {', '.join(self.model.state_layout.names)}")
+        self.model.load(weights, self.initial_state if state is None else state)
+        return self.model.logits(self._validation if split is self.dataset.validation else self._chunks(split.x))
 
     def on_grid(self, weights: Tensor) -> Tensor:
         """Return `weights` [P] or [clients, P] rounded to the grid of `qat`; the same tensor when that is off."""
@@ -95,20 +108,35 @@ class Task:
                 rounded[..., where] = quantized(tensor, self.experiment.qat, stacked).flatten(int(stacked))
         return rounded
 
-    def evaluate(self, weights: Tensor, split: Split) -> Evaluation:
-        """Count the hits of the model with `weights` [P] on a split, stratum by stratum.
+    def evaluate(self, weights: Tensor, split: Split, state: Tensor | None = None) -> Evaluation:
+        """Count the hits of the model with `weights` [P] and `state` [S] on a split, stratum by stratum.
 
         After quantization-aware training that is the model on its grid, as it will be deployed.
         """
-        logits, y = self.logits(self.on_grid(weights), split), split.y.to(self.experiment.device)
-        hit = logits.argmax(1) == y
-        where = strata(self.experiment, split).to(hit.device)
+        logits, y = self.logits(self.on_grid(weights), split, state), split.y.to(self.experiment.device)
         count = len(self.dataset.sites) if self.experiment.partition == "site" else len(self.dataset.classes)
-        return Evaluation(
-            correct=tuple(torch.bincount(where[hit], minlength=count).tolist()),
-            total=tuple(torch.bincount(where, minlength=count).tolist()),
-            loss=float(F.cross_entropy(logits, y)),
-        )
+        return Evaluation.of(logits, y, strata(self.experiment, split), count)
+
+    def own_model(self, weights: Tensor, memory: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return a client's own model: the global `weights` [P] with the layers that it kept, and its state [S]."""
+        weights = weights.clone()
+        if self.shared is not None and "own" in memory:
+            weights[~self.shared] = memory["own"].to(weights.device)
+        return weights, memory.get("state", self.initial_state)
+
+    def evaluate_own(self, models: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+        """Count the hits of each client's own model, (weights, state) by client, on its part of the validation split.
+
+        The strata are the clients.
+        """
+        assert self.owner is not None
+        held, device = self.dataset.validation, self.experiment.device
+        logits = torch.zeros(len(held), len(self.dataset.classes), device=device)
+        for client, (weights, state) in enumerate(models):
+            mine = self.owner == client
+            if mine.any():
+                logits[mine.to(device)] = self.logits(self.on_grid(weights), Split(held.x[mine], held.y[mine]), state)
+        return Evaluation.of(logits, held.y.to(device), self.owner, len(self.shards))
 
 
 @dataclass(frozen=True)
@@ -118,6 +146,16 @@ class Evaluation:
     correct: tuple[int, ...]
     total: tuple[int, ...]
     loss: float
+
+    @classmethod
+    def of(cls, logits: Tensor, y: Tensor, where: Tensor, strata: int) -> Evaluation:
+        """Judge `logits` [n, classes] by the labels `y` [n]; `where` [n] is each sample's stratum."""
+        hit, where = logits.argmax(1) == y, where.to(y.device)
+        return cls(
+            correct=tuple(torch.bincount(where[hit], minlength=strata).tolist()),
+            total=tuple(torch.bincount(where, minlength=strata).tolist()),
+            loss=float(F.cross_entropy(logits, y)),
+        )
 
     def accuracy(self) -> tuple[float, float, float]:
         """Return the share of hits in 0..1 and its 95 % interval: (accuracy, low, high)."""
@@ -138,47 +176,64 @@ def chance(experiment: Experiment, purpose: str, *where: int) -> np.random.Gener
     return np.random.default_rng([experiment.seed, crc32(purpose.encode()), *where])
 
 
-def task(experiment: Experiment) -> Task:
-    """Return the experiment's task, kept for the next call of the same thread.
+def task(experiment: Experiment | Task, parents: Parents = NOBODY) -> Task:
+    """Return the experiment's task, kept for the next call of the same thread; a task is its own.
 
-    Raises ValueError for an unknown data set or model, or a partition that is impossible.
+    Raises ValueError for an unknown data set or model, a partition that is impossible, and a parent that is missing.
     """
+    if isinstance(experiment, Task):
+        return experiment
     makers = catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)
-    return _task(experiment, makers, threading.get_ident())
+    return _task(experiment, parents, makers, threading.get_ident())
 
 
 @lru_cache(maxsize=8)
-def _task(experiment: Experiment, makers: object, thread: int) -> Task:
-    dataset = load(experiment.dataset)
-    module = _module(experiment, dataset)
-    stack = Stack(module, dataset.shape) if Stack.supports(module, dataset.shape) else None  # type: ignore[arg-type]
-    model, device = FlatModel(module, experiment.device), experiment.device
+def _task(experiment: Experiment, parents: Parents, makers: object, thread: int) -> Task:
+    dataset, device = load(experiment.dataset), experiment.device
+    sample = dataset.preprocess(dataset.train.x[:8])
+    model = FlatModel(_module(experiment, parents, dataset), sample, device)
+    if model.state_layout.size and experiment.privacy != "off" and experiment.normalization == "shared":
+        raise ValueError(
+            f"privacy must be off for model {experiment.model!r}, got {experiment.privacy!r}: what BatchNorm "
+            f"and its like keep of samples ({model.state_layout.names[0]}) would leave the client bare; use GroupNorm, "
+            "or normalization 'own'"
+        )
+    shards = partition(dataset, experiment.partition, experiment.clients, experiment.alpha, experiment.seed)
+    own = experiment.normalization == "own"
+    if own and not (model.norms or model.state_layout.size):
+        raise ValueError(f"normalization must be shared for model {experiment.model!r}, which has no such layer")
+    if experiment.teacher is not None and parents.teacher is None:
+        raise ValueError("teacher must be trained first: hand its model over")
     return Task(
         experiment=experiment,
+        parents=parents,
         dataset=dataset,
-        shards=partition(dataset, experiment.partition, experiment.clients, experiment.alpha, experiment.seed),
+        shards=shards,
         model=model,
-        stack=stack,
         x=dataset.train.x.to(device),
         y=dataset.train.y.to(device),
         initial=model.weights.clone(),
+        initial_state=model.state,
+        shared=~model.layout.marked(model.norms) if own else None,
         soft=torch.zeros(len(dataset.train), len(dataset.classes), device=device) if experiment.teacher else None,
+        owner=held_out(dataset, shards, experiment.partition, experiment.seed) if own else None,
     )
 
 
-def _module(experiment: Experiment, dataset: Dataset) -> nn.Module:
+def _module(experiment: Experiment, parents: Parents, dataset: Dataset) -> nn.Module:
     """Return the model with its weights before round one: fresh, or the final one of `start`, pruned."""
     start, recipe = experiment.start, experiment.start_recipe
     if start is None:
         return build(experiment.model, dataset.shape, len(dataset.classes), experiment.seed)
-    theirs, parent = task(start).dataset, task(start).model
+    if parents.start is None:
+        raise ValueError("start must be trained first: hand its model over")
+    theirs = load(start.dataset)
     if (theirs.shape, len(theirs.classes)) != (dataset.shape, len(dataset.classes)):
         raise ValueError(
             f"start must be trained on samples of shape {list(dataset.shape)} in {len(dataset.classes)} classes, "
             f"got {list(theirs.shape)} in {len(theirs.classes)} of dataset {theirs.name!r}"
         )
-    parent.weights.copy_(OUTCOMES[start])
-    module = deepcopy(parent.module).cpu()
+    module = deepcopy(parents.start.module).cpu()
     if recipe is None or recipe.prune_ratio == 0:
         return module
     if recipe.prune == "channel":

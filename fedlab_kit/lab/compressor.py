@@ -14,7 +14,7 @@ from threading import Event, Lock, main_thread
 
 from fedlab_kit.deployment.artifact import Artifact, compress, load, slug
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.federation.server import start
+from fedlab_kit.federation.task import task
 from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.points import Point, Points, said
 from fedlab_kit.lab.wording import complaint
@@ -177,7 +177,8 @@ class Compressor:
         self._give_way()
         with tempfile.TemporaryDirectory() as folder, suppress(ValueError):  # what is wrong is said when it matters
             alone = experiment.replace(teacher=None, start=None, start_recipe=None)
-            untrained = Run(alone, Path(folder), (), {}, False, start(alone).weights)
+            job = task(alone)
+            untrained = Run(alone, Path(folder), (), {}, False, job.initial, job.initial_state, job.parents)
             compress(untrained, Recipe(dtype="int8"))
         self.say(self._outcome())
 

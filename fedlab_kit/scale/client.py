@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -16,8 +17,8 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.local import client_step
 from fedlab_kit.federation.messages import ClientState
 from fedlab_kit.federation.server import answering, select
-from fedlab_kit.federation.task import OUTCOMES
-from fedlab_kit.runs import find, identify
+from fedlab_kit.federation.task import Parents, Task, task
+from fedlab_kit.runs import find, identify, parents_of
 
 RECORD = "fedlab"  # the one record in every message, both ways
 
@@ -45,13 +46,13 @@ def answer(asked: Mapping[str, Any], shelf: RecordDict) -> dict[str, Any]:
     round, me = asked["round"], asked["client"]
     if me not in answering(experiment, round, select(experiment, round)):
         return {"dropped": True}
-    _find_parents(experiment)
+    job = _task(experiment)
     name = f"{identify(experiment)}/{me}"
     memory = _recall(shelf, name, asked["base"])
     if memory is None:
         return {"lost": asked["base"]}
     torch.set_num_threads(1)
-    payload, after = client_step(experiment, round, me, asked["broadcast"], memory)
+    payload, after = client_step(job, round, me, asked["broadcast"], memory)
     if after:
         _remember(shelf, name, asked["base"], round, after)
     return {"payload": payload, "keeps": bool(after)}
@@ -72,12 +73,15 @@ def _remember(shelf: RecordDict, name: str, base: int, round: int, memory: Clien
     shelf[name] = ConfigRecord({**now, str(round): save({key: t.contiguous() for key, t in memory.items()})})
 
 
-def _find_parents(experiment: Experiment) -> None:
-    """Make the models at hand that the experiment starts or learns from: they must lie in this machine's store."""
+def _task(experiment: Experiment) -> Task:
+    """Return the experiment's task, its parents' models from this machine's store."""
     for parent in experiment.parents:
-        if parent in OUTCOMES:
-            continue
-        run = find(parent)
-        if run is None:
+        if find(parent) is None:
             raise ValueError(f"the run that this experiment needs is not in this machine's store: {parent!r}")
-        OUTCOMES[parent] = run.weights.to(experiment.device)
+    return task(experiment, _parents(identify(experiment), experiment))
+
+
+@lru_cache(maxsize=8)
+def _parents(key: str, experiment: Experiment) -> Parents:
+    """Kept by the run's key: the same models serve all rounds and clients of this process."""
+    return parents_of(experiment)

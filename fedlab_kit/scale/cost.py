@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.rounds import rounds
+from fedlab_kit.runs import rounds
 
 
 class Cost(NamedTuple):

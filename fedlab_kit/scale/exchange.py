@@ -16,7 +16,7 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.descent import Stopped
 from fedlab_kit.federation.messages import ClientState, keep, open_broadcast
 from fedlab_kit.federation.rounds import Exchanged
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.task import Task
 from fedlab_kit.scale.client import RECORD
 
 
@@ -39,7 +39,7 @@ class GridExchange:
 
     def __call__(
         self,
-        experiment: Experiment,
+        job: Task,
         round: int,
         broadcasts: Mapping[int, bytes],
         kept: Mapping[int, ClientState],
@@ -47,6 +47,7 @@ class GridExchange:
     ) -> Exchanged:
         """Send the broadcasts, wait for the answers, and say what became of each. Raises Stopped."""
         _pause(0, stop)
+        experiment = job.experiment
         self._roll_call(experiment, stop)
         messages = {
             client: self._message(experiment, round, client, broadcast, kept[client])
@@ -61,7 +62,7 @@ class GridExchange:
         result.silent.update(dict.fromkeys(waiting.values(), f"no answer within {self.patience:g} s"))
         for client, fields in replies.items():
             if _enter(result, client, fields):
-                result.kept[client] = _known(experiment, round, client, broadcasts[client], kept[client])
+                result.kept[client] = _known(job, round, client, broadcasts[client], kept[client])
         return result
 
     def _message(self, experiment: Experiment, round: int, client: int, broadcast: bytes, kept: ClientState) -> Message:
@@ -141,12 +142,12 @@ def _first_line(reason: object) -> str:
     return (str(reason).strip().splitlines() or ["an answer without a reason"])[0][:200]
 
 
-def _known(experiment: Experiment, round: int, client: int, broadcast: bytes, kept: ClientState) -> ClientState:
+def _known(job: Task, round: int, client: int, broadcast: bytes, kept: ClientState) -> ClientState:
     """Return what the server notes about a client that keeps something: since when, and what the model is for it."""
     noted: ClientState = {"round": torch.tensor(round)}
-    if experiment.downlink == "fp32":
+    if job.experiment.downlink == "fp32":
         return noted
-    return keep(experiment, open_broadcast(task(experiment), client, broadcast, kept), noted)
+    return keep(job, open_broadcast(job, client, broadcast, kept), noted)
 
 
 def _pause(seconds: float, stop: Event | None) -> None:

@@ -11,11 +11,11 @@ from fedlab_kit.data import load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.local import cohort_step
 from fedlab_kit.federation.messages import open_payload
-from fedlab_kit.federation.rounds import rounds
 from fedlab_kit.federation.server import broadcast, select, server_step, start
 from fedlab_kit.federation.task import task
 from fedlab_kit.lab.exercises import Hint, call, exercise, number
 from fedlab_kit.partition import label_counts, partition
+from fedlab_kit.runs import rounds
 from fedlab_kit.wire.frame import HEADER
 
 LABELS = (3, 5)  # what 01-1 asks for

@@ -11,10 +11,10 @@ from fedlab_kit.data import load
 from fedlab_kit.deployment.artifact import prune
 from fedlab_kit.deployment.export import export
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.federation.rounds import rounds
 from fedlab_kit.federation.task import task
 from fedlab_kit.lab.exercises import Hint, call, exercise, number
 from fedlab_kit.models import build
+from fedlab_kit.runs import rounds
 from fedlab_kit.wire.frame import HEADER
 
 MASKED = Experiment(model="cnn", mask_ratio=0.9, mask_schedule="fixed", clients_per_round=1, rounds=1)  # of 02-2
