@@ -129,7 +129,7 @@ def test_without_fields_of_the_recipe_a_row_is_the_fp32_file():
 
 
 def test_a_point_that_cannot_be_had_says_why_and_the_others_are_measured():
-    table = sweep(fk.Experiment(model="mlp", rounds=4, clients_per_round=2), {"lr": [0.05, 10.0]})
+    table = sweep(SMALL.replace(lr=0.05, rounds=60, local_epochs=20), {"lr": [0.05, 10.0]})
     good, bad = table.to_dict("records")
     assert good["note"] == "" and good["front"]
     assert bad["note"].startswith("diverged")
