@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ class StoredRun:
     """A run as curves and tables need it, which its folder at `path` tells without the model.
 
     `measured` says when, on which machine, with which torch and in how many seconds the records were made;
-    `from_store` whether that was earlier.
+    `from_store` whether that was earlier; `older` whether by other code of the package: such a run can be looked at
+    and exported, and nothing goes on from it.
     """
 
     experiment: Experiment
@@ -34,6 +36,7 @@ class StoredRun:
     records: tuple[RoundRecord, ...]
     measured: dict[str, Any]
     from_store: bool
+    older: bool = field(default=False, kw_only=True)
 
     def __repr__(self) -> str:
         score = f"{self.accuracy:.1%}" if self.records else "no round"
@@ -116,9 +119,13 @@ class StoredRun:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run(StoredRun):
-    """What came out of one experiment: its records, and its final weights [P]."""
+    """What came out of one experiment: its records, and its final weights [P].
+
+    `unstored` says why the store cannot keep it, "" normally: then it lasts as long as this process.
+    """
 
     weights: Tensor
+    unstored: str = ""
 
     @cached_property
     def model(self) -> nn.Module:
@@ -126,6 +133,11 @@ class Run(StoredRun):
         flat = task(self.experiment).model
         flat.weights.copy_(self.weights)
         return deepcopy(flat.module).cpu().eval()
+
+    def warn(self) -> None:
+        """Warn in one line of a run that the store cannot keep."""
+        if self.unstored:
+            warnings.warn(f"not stored: {self.unstored}", stacklevel=3)
 
     def test(self) -> tuple[float, float, float]:
         """Return accuracy, low and high (95 %) on the test split, which nothing else opens."""

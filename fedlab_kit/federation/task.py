@@ -143,7 +143,7 @@ def task(experiment: Experiment) -> Task:
 
     Raises ValueError for an unknown data set or model, or a partition that is impossible.
     """
-    makers = catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)
+    makers = catalog.stamp("model", experiment.model), catalog.stamp("dataset", experiment.dataset)
     return _task(experiment, makers, threading.get_ident())
 
 
