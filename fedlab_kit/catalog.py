@@ -291,9 +291,8 @@ class _Walk:
         table = vars(thing)
         if origin := origin_of(thing.__name__):
             self.put("module", origin, thing.__name__)
-            own = [
-                n for n in names or () if type(f := table.get(n)) is types.FunctionType and not origin_of(home_of(f))
-            ]
+            own = [name for name in names or () if type(table.get(name)) is types.FunctionType]
+            own = [name for name in own if not origin_of(home_of(table[name]))]  # put there by a user
         else:
             own = [name for name in (table if names is None else names) if name in table and name not in _MODULE_FACTS]
         if own and not self.again((id(thing), names), thing):

@@ -1,7 +1,6 @@
 """`export`: an artifact to take home, as a folder with its card, its settings as code, the points and a report."""
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -99,7 +98,9 @@ def _changed(run: StoredRun) -> list[str]:
     if run.older:
         return ["Made by older code of fedlab-kit: today's makes another file."]
     try:
-        same = not run.from_store or identify(run.experiment) == run.key
+        same = identify(run.experiment) == run.key
+    except catalog.Unknowable as error:
+        return [f"The store could not keep this run: {error}."]
     except ValueError:
         same = False
     return [] if same else ["A definition, the data or a version is another one now than when this run was made."]
@@ -139,7 +140,8 @@ class Carried:
                 self.missing[name] = "two modules mean different things by it"
             return False
         self._known[name] = value
-        home = value.__name__ if isinstance(value, ModuleType) else catalog.home_of(value)
+        own = str(getattr(value, "__name__", name))
+        home = own if isinstance(value, ModuleType) else catalog.home_of(value)
         installed = catalog.origin_of(home)
         if isinstance(value, ModuleType):
             self._lines.append(f"import {home} as {name}" if "." in home or home != name else f"import {name}")
@@ -147,10 +149,8 @@ class Carried:
                 self.missing[name] = f"a module of your own: put {home} where this file finds it"
         elif isinstance(value, type | FunctionType) and not installed:
             return self._define(name, value)
-        elif getattr(sys.modules.get(getattr(value, "__module__", None) or ""), name, None) is value:
-            self._lines.append(f"from {value.__module__} import {name}")
-        elif getattr(sys.modules.get(home), getattr(value, "__name__", ""), None) is value:
-            self._lines.append(f"from {home} import {value.__name__} as {name}")
+        elif module := next((m for m in (home, getattr(value, "__module__", None)) if _is_in(m, own, value)), None):
+            self._lines.append(f"from {module} import {own}" + (f" as {name}" if own != name else ""))
         elif _is_plain(value):
             self._lines.append(f"{name} = {value!r}")
         else:
@@ -213,6 +213,12 @@ def _reads(node: ast.AST, bodies: bool) -> Iterator[str]:
             for one in child if isinstance(child, list) else [child]:
                 if isinstance(one, ast.AST):
                     yield from _reads(one, bodies)
+
+
+def _is_in(module: Any, name: str, value: Any) -> bool:
+    """Say whether an installed module, or the package, has the value under that name."""
+    found = sys.modules.get(module) if isinstance(module, str) and catalog.origin_of(module) else None
+    return found is not None and vars(found).get(name) is value
 
 
 def _is_plain(value: Any) -> bool:
