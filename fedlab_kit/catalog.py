@@ -225,7 +225,7 @@ class _Walk:
         """Feed anything; `step` names it on the way there."""
         self.way.append(step)
         kind = type(thing)
-        if kind in _ATOMS:
+        if type(kind) is type and kind in _ATOMS:
             self.put(kind.__name__, _ATOMS[kind](thing))
         elif kind is types.CodeType:
             self.put("code", _read(thing).digest)
@@ -302,7 +302,7 @@ class _Walk:
 
     def part(self, value: Any, names: frozenset[str] | None, step: str) -> None:
         """Feed a value that code reads by name; of a module only the attributes that the code names."""
-        if isinstance(value, types.ModuleType):
+        if issubclass(type(value), types.ModuleType):
             self.way.append(step)
             self.module(value, names)
             self.way.pop()
@@ -434,7 +434,7 @@ class _Walk:
 
     def parts(self, thing: Any) -> None:
         """Feed what is known to consist of its parts."""
-        kind = next(kinds for kinds, _ in _PARTS if isinstance(thing, kinds))
+        kind = next(kinds for kinds, _ in _PARTS if issubclass(type(thing), kinds))
         self.items(type(thing).__name__, dict(_PARTS)[kind](thing))
 
     @staticmethod
@@ -450,7 +450,7 @@ def _numeric(walk: _Walk, thing: Any) -> None:
     """Feed values of numpy, torch and pandas, where these are loaded; anything else is an instance."""
     kind, top = type(thing), ""
     for one in type.__getattribute__(kind, "__mro__"):
-        top = one.__module__.partition(".")[0] if isinstance(one.__module__, str) else ""
+        top = str(type.__getattribute__(one, "__module__")).partition(".")[0]
         if top in _LOADED and one is not object:
             if _LOADED[top](walk, thing, sys.modules[top]):
                 if one is not kind and not origin_of(kind.__module__):

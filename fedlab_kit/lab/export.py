@@ -4,7 +4,6 @@ from __future__ import annotations
 import __future__
 
 import ast
-import inspect
 import linecache
 import os
 import shutil
@@ -161,8 +160,8 @@ class Carried:
         """Take along a function's or class's source: what it reads while it is defined first, the rest behind it."""
         functions = [f for f in (value, *vars(value).values()) if isinstance(f, FunctionType)]
         try:
-            text, node = _source(value, functions)
-        except (OSError, TypeError, SyntaxError, ValueError):
+            text, called, decorators, node = _source(value, functions)
+        except (SyntaxError, ValueError):
             self.missing[name] = "Python does not have its source as a definition"
             return False
         if free := sorted({free for f in functions for free in f.__code__.co_freevars} - {"__class__"}):
@@ -172,10 +171,10 @@ class Carried:
             self._future = "from __future__ import annotations"
         inside = functions[0].__globals__ if functions else vars(sys.modules[value.__module__])
         at_once, every = set(_reads(node, bodies=False)), set(_reads(node, bodies=True))
-        self._take(at_once - {node.name}, inside)
-        self._lines.append(text if node.name == name else f"{text}\n\n\n{name} = {node.name}")
-        self._take(every - at_once - {node.name}, inside)
-        return bool(node.decorator_list)
+        self._take(at_once - {called}, inside)
+        self._lines.append(text if called == name else f"{text}\n\n\n{name} = {called}")
+        self._take(every - at_once - {called}, inside)
+        return bool(decorators)
 
     def _take(self, names: set[str], inside: Mapping[str, Any]) -> None:
         for name in sorted(names):
@@ -183,24 +182,30 @@ class Carried:
                 self._need(name, inside[name])
 
 
-def _source(value: Any, functions: list[FunctionType]) -> tuple[str, Any]:
-    """Return the source of a function or class, and its syntax tree, from what Python read when it was defined.
+def _source(value: Any, functions: list[FunctionType]) -> tuple[str, str, list[ast.expr], ast.AST]:
+    """Return a definition's source text, the name it gives, its decorators and its syntax tree.
 
     Found by the line of its own code, since `inspect` knows no class of a notebook. ValueError if it is not there.
     """
-    kinds = ast.ClassDef if isinstance(value, type) else (ast.FunctionDef, ast.AsyncFunctionDef)
-    for code in (f.__code__ for f in functions if f.__qualname__.startswith(value.__qualname__)):
-        lines = linecache.getlines(code.co_filename)
+    codes = [f.__code__ for f in functions if f.__qualname__.startswith(value.__qualname__)]
+    places = [(code.co_filename, code.co_firstlineno) for code in codes]
+    file = getattr(sys.modules.get(value.__module__), "__file__", None)
+    for file, line in places or [(file or "", 0)]:
+        lines = linecache.getlines(file)
         for node in ast.walk(ast.parse("".join(lines))):
-            if isinstance(node, kinds) and node.name == value.__name__:
-                first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
-                if first <= code.co_firstlineno <= (node.end_lineno or 0):
-                    return textwrap.dedent("".join(lines[first - 1 : node.end_lineno])).rstrip(), node
-    text = textwrap.dedent(inspect.getsource(value)).rstrip()
-    [node] = ast.parse(text).body
-    if not isinstance(node, kinds):
-        raise ValueError(f"{value.__qualname__} is no definition of its own")
-    return text, node
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Lambda()):
+                    made, decorators = "<lambda>", list[ast.expr]()
+                case ast.FunctionDef(name=name, decorator_list=decorators):
+                    made = name
+                case ast.ClassDef(name=name, decorator_list=decorators):
+                    made = name
+                case _:
+                    continue
+            first = min([node.lineno, *(one.lineno for one in decorators)])
+            if made == value.__name__ and (first <= line <= (node.end_lineno or 0) or not places):
+                return textwrap.dedent("".join(lines[first - 1 : node.end_lineno])).rstrip(), name, decorators, node
+    raise ValueError(f"{value.__qualname__} is not to be found as a definition")
 
 
 def _reads(node: ast.AST, bodies: bool) -> Iterator[str]:
