@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
+import os
 import pathlib
 import random
 import re
@@ -17,6 +18,7 @@ import sys
 import sysconfig
 import threading
 import types
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -350,20 +352,25 @@ class _Walk:
             if found is not None:
                 self.module(sys.modules[name.partition(".")[0]], names)
                 self.module(found, names)
-        if "import_module" in read.attributes:
+        if "import_module" in read.attributes | read.globals:
             self.refuse("what import_module() reaches cannot be told from the code: import it by name")
 
     def definition(self, thing: type) -> None:
         """Feed a class: its metaclass, its bases, and what stands in its body."""
+        table = dict(type.__getattribute__(thing, "__dict__"))
         if self.named(thing, type.__getattribute__(thing, "__module__"), type.__getattribute__(thing, "__qualname__")):
+            for name in sorted(table):
+                if type(table[name]) is types.FunctionType and not origin_of(home_of(table[name])):
+                    self.visit(table[name], f"{thing.__name__}.{name}")  # put there by a user
             return
         if not thing.__flags__ & 1 << 9:  # a type of C code
+            if not origin_of(thing.__module__):
+                self.refuse(f"type {thing.__name__} is compiled code of a module that is not installed")
             self.put("type", thing.__name__)
             return
         self.put("class")
         self.visit(type(thing), "its metaclass")
         self.items("bases", type.__getattribute__(thing, "__bases__"))
-        table = dict(type.__getattribute__(thing, "__dict__"))
         for name in sorted(name for name in table if name not in _LEFT_OUT and not name.startswith("__pydantic_")):
             self.put(name)
             self.visit(table[name], f"{thing.__name__}.{name}")
@@ -495,7 +502,7 @@ def _numpy(walk: _Walk, thing: Any, numpy: Any) -> bool:
         walk.visit(thing.bit_generator.state)
     elif kind is numpy.random.RandomState:
         walk.visit(thing.get_state(legacy=False))
-    elif issubclass(kind, numpy.ufunc):
+    elif kind is numpy.ufunc and vars(numpy).get(thing.__name__) is thing:
         walk.put("ufunc", thing.__name__)
     else:
         return False
@@ -531,7 +538,10 @@ _OF_C = (
     types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
     types.GetSetDescriptorType, types.MemberDescriptorType,
 )  # fmt: skip
-_BY_TYPE = (logging.Logger, type(threading.Lock()), type(threading.RLock()), threading.local, type(_Code.digest))
+_BY_TYPE = (
+    logging.Logger, type(threading.Lock()), type(threading.RLock()), threading.local, type(_Code.digest), TypeVar,
+    type(os.environ), weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet,
+)  # fmt: skip
 _PARTS: tuple[tuple[Any, Callable[[Any], list[Any]]], ...] = (
     (_OF_C, lambda thing: [thing.__name__, thing.__objclass__]),
     (property, lambda thing: [thing.fget, thing.fset, thing.fdel]),

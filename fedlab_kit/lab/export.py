@@ -189,8 +189,8 @@ def _source(value: Any, functions: list[FunctionType]) -> tuple[str, str, list[a
     """
     codes = [f.__code__ for f in functions if f.__qualname__.startswith(value.__qualname__)]
     places = [(code.co_filename, code.co_firstlineno) for code in codes]
-    file = getattr(sys.modules.get(value.__module__), "__file__", None)
-    for file, line in places or [(file or "", 0)]:
+    home = getattr(sys.modules.get(value.__module__), "__file__", None)
+    for file, line in places or [(home or "", 0)]:
         lines = linecache.getlines(file)
         for node in ast.walk(ast.parse("".join(lines))):
             match node:
