@@ -105,6 +105,7 @@ def test_code_tells_what_was_registered_by_hand(tmp_path):
 
 
 OWN = """
+import functools
 import math
 from functools import partial
 
@@ -131,12 +132,30 @@ class Net(nn.Module):
 class Plain(Net):
     pass
 
+def doubled(function):
+    @functools.wraps(function)
+    def wrapper(*values):
+        return 2 * function(*values)
+    return wrapper
+
+@functools.lru_cache
+def factor():
+    return 3.0
+
 class Block(Plain):
+    @torch.no_grad()
+    def probe(self, x):
+        return x
+    @doubled
     def twice(self, x):
-        return self.a(x) * math.pi
+        return self.a(x) * math.pi * factor()
+
+@doubled
+def number(one):
+    return one
 
 def make(shape, classes):
-    return Block(shape[0], classes)
+    return Block(shape[0], classes) if number(1) == 2 else None
 
 fk.model("mine")(make)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import inspect
 import linecache
 import os
 import shutil
@@ -139,6 +140,7 @@ class Carried:
                 self.missing[name] = "two modules mean different things by it"
             return False
         self._known[name] = value
+        value = inspect.unwrap(value) if callable(value) else value  # below its decorators, which the source has
         own = str(getattr(value, "__name__", name))
         home = own if isinstance(value, ModuleType) else catalog.home_of(value)
         installed = catalog.origin_of(home)
@@ -158,7 +160,8 @@ class Carried:
 
     def _define(self, name: str, value: Any) -> bool:
         """Take along a function's or class's source: what it reads while it is defined first, the rest behind it."""
-        functions = [f for f in (value, *vars(value).values()) if isinstance(f, FunctionType)]
+        found = (value, *vars(value).values()) if isinstance(value, type) else (value,)
+        functions = [f for f in map(inspect.unwrap, found) if isinstance(f, FunctionType)]
         try:
             text, called, decorators, node = _source(value, functions)
         except (SyntaxError, ValueError):
