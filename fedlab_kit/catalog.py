@@ -22,6 +22,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from operator import attrgetter, itemgetter, methodcaller
 from typing import Any, NamedTuple, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -176,6 +177,7 @@ _PLACE = {"__qualname__", "__module__", "__firstlineno__", "__static_attributes_
 _LEFT_OUT = _PLACE | {
     "__dict__", "__weakref__", "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__",
     "__abstractmethods__", "_abc_impl", "__type_params__", "__parameters__", "__orig_bases__", "__name__",
+    "_autograd_function_id",
 }  # fmt: skip
 _MODULE_FACTS = {"__name__", "__file__", "__doc__", "__spec__", "__loader__", "__package__", "__path__", "__builtins__"}
 
@@ -558,6 +560,7 @@ _PARTS: tuple[tuple[Any, Callable[[Any], list[Any]]], ...] = (
     (functools.partial, lambda thing: [thing.func, thing.args, thing.keywords]),
     (functools._lru_cache_wrapper, lambda thing: [thing.__wrapped__]),
     (_BY_TYPE, lambda thing: []),
+    ((itemgetter, attrgetter, methodcaller), lambda thing: [thing.__reduce__()]),
     (pathlib.PurePath, lambda thing: [pathlib.PurePath.__str__(thing)]),
     (re.Pattern, lambda thing: [thing.pattern, thing.flags]),
     (slice, lambda thing: [thing.start, thing.stop, thing.step]),

@@ -323,12 +323,18 @@ def f(): return LOUD, QUIET
         ("torch.relu", "torch.tanh"), ("[].append", "[1].append"), ("slice(1)", "slice(2)"), ("range(2)", "range(3)"),
         ("pathlib.Path('a')", "pathlib.Path('b')"), ("pandas.DataFrame({'a': [1]})", "pandas.DataFrame({'a': [2]})"),
         ("fk.Preprocess(0.0, 1.0)", "fk.Preprocess(0.0, 2.0)"),
+        ("operator.itemgetter(0)", "operator.itemgetter(1)"), ("torch.vmap(lambda x: x)", "torch.vmap(lambda x: -x)"),
+        ("numpy.vectorize(lambda x: x)", "numpy.vectorize(lambda x: -x)"), ("abs", "max"),
+        ("contextlib.contextmanager(lambda: 1)", "contextlib.contextmanager(lambda: 2)"),
+        ("type('A', (), {'__slots__': 'a', 'b': 1})", "type('A', (), {'__slots__': 'a', 'b': 2})"),
         ("[w := [1], w]", "[[1], [1]]"),
     ],
 )  # fmt: skip
 def test_values_that_differ_are_told_apart_and_equal_ones_are_not(one: str, other: str) -> None:
-    modules = "import collections, functools, pathlib, random, re, types, numpy, pandas, torch, fedlab_kit as fk"
-    cell = f"{modules}\nfrom torch import nn\nVALUE = {{}}\ndef f(): return VALUE"
+    modules = (
+        "import collections, contextlib, functools, operator, pathlib, random, re, types\nimport numpy, pandas, torch"
+    )
+    cell = f"{modules}\nimport fedlab_kit as fk\nfrom torch import nn\nVALUE = {{}}\ndef f(): return VALUE"
     prints = [catalog.fingerprint(run_cell(cell.format(value))["f"]) for value in (one, one, other)]
     assert prints[0] == prints[1] != prints[2]
 
