@@ -143,8 +143,13 @@ class Net(Base, metaclass=Meta):
         return self.last(self.shift(squash(self.b(relu(self.a(x))))))
 
 @fk.model("mine")
-def mine(shape, classes, depth=1):
-    return Net(shape[0], classes)
+def mine(shape, classes, depth=1, *, bias=0.0):
+    class Local(Net):
+        gains = 1, 2
+        def forward(self, x):
+            self.seen, self.other, self.third = 1, 2, 3
+            return super().forward(x) + bias
+    return Local(shape[0], classes)
 
 @fk.codec("mine")
 class Mine(fk.Codec):
@@ -165,6 +170,8 @@ EDITS = {
     "closure": ("gate(0.0)", "gate(0.1)"),
     "default argument": ("slope=1.0", "slope=1.1"),
     "default of what is registered": ("depth=1", "depth=2"),
+    "default of a keyword": ("bias=0.0", "bias=0.1"),
+    "class in a function": ("+ bias", "- bias"),
     "class attribute": ("scale = 1.0", "scale = 1.5"),
     "method of a codec": ("vector * self.step", "vector * self.step + 0"),
     "attribute of a codec": ("step = 2", "step = 4"),
@@ -252,8 +259,8 @@ def test_what_a_helper_file_holds_counts_as_far_as_it_is_used(tmp_path: Path, mo
 
 def test_what_the_model_is_built_from_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "bias.npy"
-    cell = CELL.replace("    return Net(shape[0], classes)", f"""    import os
-    net = Net(shape[0], classes)
+    cell = CELL.replace("    return Local(shape[0], classes)", f"""    import os
+    net = Local(shape[0], classes)
     net.power = os.environ.get("POWER")
     nn.init.constant_(net.b.bias, float(numpy.load({str(file)!r})))
     return net""")  # fmt: skip
@@ -327,6 +334,7 @@ def f(): return LOUD, QUIET
         ("numpy.vectorize(lambda x: x)", "numpy.vectorize(lambda x: -x)"), ("abs", "max"),
         ("contextlib.contextmanager(lambda: 1)", "contextlib.contextmanager(lambda: 2)"),
         ("type('A', (), {'__slots__': 'a', 'b': 1})", "type('A', (), {'__slots__': 'a', 'b': 2})"),
+        ("lambda *, a=1: a", "lambda *, a=2: a"), ("lambda a=1: a", "lambda a=2: a"),
         ("[w := [1], w]", "[[1], [1]]"),
     ],
 )  # fmt: skip
