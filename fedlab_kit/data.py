@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlab_kit.catalog import dataset, lookup
+from fedlab_kit.catalog import dataset, stamp
 from fedlab_kit.download import FASHION_MNIST, MNIST, DataError, Source, bundled, fetch, read_idx
 
 DIGITS = tuple("0123456789")
@@ -129,12 +129,12 @@ def _problems(dataset: Dataset, split: Split) -> Iterator[str]:
 
 def load(name: str) -> Dataset:
     """Return the registered data set of that name, built once per process. ValueError lists the names that exist."""
-    return _build(lookup("dataset", name))
+    return _build(*stamp("dataset", name))
 
 
 @lru_cache(maxsize=4)
-def _build(function: Callable[[], Dataset]) -> Dataset:
-    """Cached by function, not by name: what a notebook registers again is built again."""
+def _build(function: Callable[[], Dataset], edits: int) -> Dataset:
+    """Cached by function and edit, not by name: what a notebook registers again, or edits, is built again."""
     built = function()
     if not isinstance(built, Dataset):
         raise ValueError(f"dataset {function.__name__!r} must return a Dataset, got {type(built).__name__}")

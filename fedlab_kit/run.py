@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fedlab_kit.data import Dataset, load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat import FlatModel
 from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.task import Parents, Task, task
+from fedlab_kit.federation.task import Task
 from fedlab_kit.partition import partition
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire.privacy import epsilon
@@ -29,7 +30,8 @@ class StoredRun:
     """A run as curves and tables need it, which its folder at `path` tells without the model.
 
     `measured` says when, on which machine, with which torch and in how many seconds the records were made;
-    `from_store` whether that was earlier.
+    `from_store` whether that was earlier; `older` whether by other code of the package: such a run can be looked at
+    and exported, and nothing goes on from it.
     """
 
     experiment: Experiment
@@ -37,6 +39,7 @@ class StoredRun:
     records: tuple[RoundRecord, ...]
     measured: dict[str, Any]
     from_store: bool
+    older: bool = field(default=False, kw_only=True)
 
     def __repr__(self) -> str:
         score = f"{self.accuracy:.1%}" if self.records else "no round"
@@ -122,18 +125,16 @@ class StoredRun:
 class Run(StoredRun):
     """What came out of one experiment: its records, and its final model as `weights` [P] and `state` [S].
 
-    `parents` are the models that it began from and learned from. Where clients keep their normalization to themselves
-    the global model is complete with what it began with, and `client_model` gives each client's own.
+    `task` is what the rounds worked on, and keeps the code of that time: a cell that is edited later changes no run.
+    `unstored` says why the store cannot keep it, "" normally: then it lasts as long as this process. Where clients
+    keep their normalization to themselves the global model is complete with what it began with, and `client_model`
+    gives each client's own.
     """
 
     weights: Tensor
     state: Tensor
-    parents: Parents
-
-    @property
-    def task(self) -> Task:
-        """What the rounds worked on; it serves the calling thread alone."""
-        return task(self.experiment, self.parents)
+    task: Task
+    unstored: str = ""
 
     @cached_property
     def model(self) -> nn.Module:
@@ -159,6 +160,11 @@ class Run(StoredRun):
         sample = self.dataset.preprocess(self.dataset.train.x[:8])
         return FlatModel(deepcopy(self.model), sample, self.experiment.device)
 
+    def warn(self) -> None:
+        """Warn in one line of a run that the store cannot keep."""
+        if self.unstored:
+            warnings.warn(f"not stored: {self.unstored}", stacklevel=3)
+
     def test(self) -> tuple[float, float, float]:
         """Return accuracy, low and high (95 %) on the test split, which nothing else opens."""
         if self.experiment.normalization == "own":
@@ -166,9 +172,9 @@ class Run(StoredRun):
         return self.task.evaluate(self.weights, self.dataset.test, self.state).accuracy()
 
     def _module(self, client: int | None) -> nn.Module:
-        flat = self.task.model
-        flat.load(*self.tensors(client))
-        return deepcopy(flat.module).cpu().eval()
+        with self.task.lock:
+            self.task.model.load(*self.tensors(client))
+            return deepcopy(self.task.model.module).cpu().eval()
 
 
 def status(experiment: Experiment, records: Sequence[RoundRecord]) -> str:

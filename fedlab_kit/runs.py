@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from secrets import token_hex
 from threading import Event
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedlab_kit import catalog
@@ -21,7 +26,8 @@ from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import Exchange, in_process, play
 from fedlab_kit.federation.server import ServerState, start
 from fedlab_kit.federation.task import Parents, task
-from fedlab_kit.files import ROOT
+from fedlab_kit.files import ROOT, spare_folder
+from fedlab_kit.models import build
 from fedlab_kit.run import Run, StoredRun, status
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire import make
@@ -37,7 +43,7 @@ def train(
     """Do what `scale.engines.train` says, with the messages of each round carried by `exchange`, see `play`."""
     if experiment.normalization == "own" and exchange is not in_process:
         raise ValueError("normalization must be shared on Flower: every client's own model is evaluated in one process")
-    folder = RunFolder((store or runs_folder()) / identify(experiment))
+    folder, unstored = _place(experiment, store)
     tell = progress or (lambda record: None)
     engine = "in process" if exchange is in_process else "flower"
     parents = parents_of(experiment, stop, store, exchange)
@@ -57,7 +63,20 @@ def train(
                 records.append(record)
                 tell(record)
             folder.describe(experiment, records, engine)
-        return _run(folder, state, records, over)
+        return _run(folder, state, records, over, unstored)
+
+
+def _place(experiment: Experiment, store: Path | None) -> tuple[RunFolder, str]:
+    """Return the run's folder, and "" or why it is none of the store's but one that lasts as long as this process."""
+    try:
+        return RunFolder((store or runs_folder()) / identify(experiment)), ""
+    except catalog.Unknowable as error:
+        return RunFolder(_spare() / token_hex(10)), str(error)
+
+
+@cache
+def _spare() -> Path:
+    return spare_folder(train)
 
 
 def rounds(experiment: Experiment, stop: Event | None = None) -> Iterator[RoundRecord]:
@@ -66,6 +85,7 @@ def rounds(experiment: Experiment, stop: Event | None = None) -> Iterator[RoundR
     Setting `stop` ends the loop before the next batch, without a record of the broken round. Raises ValueError for a
     parent that diverged, as `train` does.
     """
+    _place(experiment, None)  # has the catalog look at what a user has edited
     try:
         job = task(experiment, parents_of(experiment, stop))
     except TimeoutError:  # stopped while a parent was trained
@@ -94,15 +114,17 @@ def _outcome(run: Run) -> FlatModel:
     return run.flat()
 
 
-def _run(folder: RunFolder, state: ServerState, records: Sequence[RoundRecord], from_store: bool) -> Run:
-    model, job = (state.weights.cpu(), state.state), state.job
-    return Run(job.experiment, folder.path, tuple(records), folder.measured(), from_store, *model, job.parents)
+def _run(
+    folder: RunFolder, state: ServerState, records: Sequence[RoundRecord], from_store: bool, unstored: str = ""
+) -> Run:
+    model, job = (state.weights.cpu(), state.state), state.job.apart()
+    return Run(job.experiment, folder.path, tuple(records), folder.measured(), from_store, *model, job, unstored)
 
 
 def find(experiment: Experiment) -> Run | None:
     """Return the finished (or diverged) run of this experiment from the store, or None."""
-    folder = RunFolder(path_of(experiment))
-    if not folder.path.exists():
+    folder, unstored = _place(experiment, None)
+    if unstored or not folder.path.exists():
         return None
     state, records = folder.load(task(experiment, parents_of(experiment)))
     return None if status(experiment, records) == "stopped" else _run(folder, state, records, True)
@@ -114,8 +136,9 @@ def history() -> tuple[tuple[StoredRun, ...], list[str]]:
     for file in sorted(runs_folder().glob("*/experiment.json")):
         folder = RunFolder(file.parent)
         try:
-            experiment = Experiment(**folder.about()["experiment"])
-            run = StoredRun(experiment, folder.path, tuple(folder.records()), folder.measured(), from_store=True)
+            experiment, older = Experiment(**folder.about()["experiment"]), made_by(folder.path) == OLDER
+            records = tuple(folder.records())
+            run = StoredRun(experiment, folder.path, records, folder.measured(), from_store=True, older=older)
             age = run.measured["when"], file.stat().st_mtime_ns  # `when` has whole seconds; the file tells the rest
         except (OSError, ValueError, TypeError, KeyError):
             damaged.append(folder.path.name)
@@ -123,6 +146,40 @@ def history() -> tuple[tuple[StoredRun, ...], list[str]]:
         if run.records:
             found.append((age, run))
     return tuple(run for _, run in sorted(found, key=lambda one: one[0])), damaged
+
+
+TODAY, OLDER, DAMAGED = "today's code", "older code", "damaged"
+
+
+def made_by(folder: Path) -> str:
+    """Say which code made a run's folder: TODAY, OLDER, or DAMAGED where the folder cannot tell."""
+    try:
+        made = RunFolder(folder).about().get("code")
+    except (OSError, ValueError, AttributeError):
+        return DAMAGED
+    return TODAY if made == catalog.code() else OLDER
+
+
+def free() -> tuple[int, int]:
+    """Delete the runs of older code, but for those in use; return how many they were and how many bytes."""
+    at_once, count, freed = Event(), 0, 0
+    at_once.set()
+    for folder in filter(is_run, runs_folder().glob("*")):
+        with suppress(TimeoutError), RunFolder(folder).locked(at_once):
+            if made_by(folder) == OLDER:
+                count, freed = count + 1, freed + size(folder)
+                shutil.rmtree(folder)
+    return count, freed
+
+
+def is_run(path: Path) -> bool:
+    """Say whether something in the store is a run's folder."""
+    return path.is_dir() and re.fullmatch("[0-9a-f]{20}", path.name) is not None
+
+
+def size(folder: Path) -> int:
+    """Count the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def runs_folder() -> Path:
@@ -136,27 +193,37 @@ def path_of(experiment: Experiment) -> Path:
 
 
 def identify(experiment: Experiment) -> str:
-    """Return a short SHA-256 of all that decides a run's outcome.
+    """Return a short SHA-256 of all that decides a run's outcome: equal keys mean equal outcomes.
 
-    The non-default fields, the schema, the package and torch versions, the data's digest and the source of what a
-    user registered: when one of them changes, the experiment is run again.
+    All fields, the data's digest, the code of the package and what it computes with, and all that a user wrote and
+    the experiment reaches, its parents' too: when one of them changes, the experiment is run again. Raises
+    `catalog.Unknowable` where that cannot be told, and what `load` and `build` do.
     """
     facts = {
         "schema": SCHEMA,
-        "experiment": experiment.changes(),
-        "versions": [version("fedlab-kit"), torch.__version__],
-        "data": load(experiment.dataset).digest,
-        "source": sources(experiment),
-        "parents": [identify(parent) for parent in experiment.parents],
+        "experiment": experiment.model_dump(mode="json", exclude={"start", "teacher"}),
+        "versions": [torch.__version__, np.__version__, catalog.code()],
+        "definitions": definitions(experiment),
+        "data": load(experiment.dataset).digest,  # after the definitions: they say whether it is still true
+        "parents": [parent and identify(parent) for parent in (experiment.start, experiment.teacher)],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def sources(experiment: Experiment) -> list[str]:
-    """Return the source of the model, the data set and the codecs that are not built in, its parents' aside."""
-    model, dataset, *codecs = parts(experiment)
-    used = [model, dataset, *(method for codec in codecs for method in (codec.encode, codec.decode))]
-    return [catalog.source(thing) for thing in used if not catalog.is_built_in(thing)]
+def definitions(experiment: Experiment) -> list[str]:
+    """Return the fingerprints of the experiment's model, data set and codecs, its parents' aside.
+
+    A model of a user's own counts as it is built, too: its first weights may be read from a file.
+    """
+    model, _, *codecs = parts(experiment)
+    names = [("model", experiment.model), ("dataset", experiment.dataset)]
+    found = [catalog.current(*name) for name in names]
+    found += [catalog.fingerprint(codec, f"codec {codec.name!r}") for codec in codecs]
+    if not catalog.is_built_in(model):
+        dataset = load(experiment.dataset)
+        built = build(experiment.model, dataset.shape, len(dataset.classes), experiment.seed)
+        found.append(catalog.fingerprint(built, f"model {experiment.model!r}"))
+    return found
 
 
 def parts(experiment: Experiment) -> list[Any]:

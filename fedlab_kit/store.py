@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlab_kit import catalog
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.server import ServerState, start
@@ -121,6 +122,7 @@ class RunFolder:
             "experiment": experiment.changes(),
             **when_and_where(),
             "torch": torch.__version__,
+            "code": catalog.code(),
             "engine": engine,
             "seconds": sum(record.seconds for record in records),
         }

@@ -46,10 +46,10 @@ def sweep(
 
     points = _points(experiment, recipe or Recipe(), grid)
     tell = progress or (lambda done, of, words: None)
-    train_all(list(dict.fromkeys(e for e, _, _ in points)), stop, tell)
+    trained = train_all(list(dict.fromkeys(e for e, _, _ in points)), stop, tell)
     rows: list[dict[str, Any]] = []
     for each, how, values in points:
-        run = find(each)
+        run = trained.get(each) or find(each)
         if run is None or (stop is not None and stop.is_set()):
             break
         rows.append({**values, **measure_point(run, how)})

@@ -13,31 +13,36 @@ from time import monotonic
 from fedlab_kit import catalog
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.files import ROOT
+from fedlab_kit.run import Run
 from fedlab_kit.runs import find, parts, train
 
 PATIENCE = 2.0  # seconds of training before a second process is started: it needs as long to import torch
 Tell = Callable[[int, int, str], None]
 
 
-def train_all(experiments: Sequence[Experiment], stop: Event | None, tell: Tell) -> None:
+def train_all(experiments: Sequence[Experiment], stop: Event | None, tell: Tell) -> dict[Experiment, Run]:
     """Train what the store lacks, from the first to the last; a second process comes from the last to the first.
 
     The store's locks keep the two apart: what the other has done is there, what it is doing is waited for. `tell`
-    gets how many are done, of how many. Returns early when `stop` is set; every round that was finished is kept.
+    gets how many are done, of how many. Returns what was trained here, which the store may be unable to keep. Returns
+    early when `stop` is set; every round that was finished is kept.
     """
     missing = [experiment for experiment in experiments if find(experiment) is None]
-    second = SecondProcess(missing[:1:-1])
+    second, trained = SecondProcess(missing[:1:-1]), dict[Experiment, Run]()
     try:
         for done, experiment in enumerate(missing, 1):
-            train(experiment, stop, lambda record: second.start_if_it_pays())
+            run = train(experiment, stop, lambda record: second.start_if_it_pays())
             if stop is not None and stop.is_set():
-                return
+                break
+            trained[experiment] = run
+            run.warn()
             tell(min(done + second.done, len(missing)), len(missing), "experiments trained")
     except TimeoutError:
         if stop is None or not stop.is_set():  # stopped while a teacher was trained
             raise
     finally:
         second.end()
+    return trained
 
 
 class SecondProcess:

@@ -1,16 +1,26 @@
 from __future__ import annotations
 
+import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from torch import nn
 
+import fedlab_kit as fk
 from fedlab_kit import catalog, data, models
+from fedlab_kit.runs import identify
+from fedlab_kit.wire import CODECS
 
 
 @pytest.fixture(autouse=True)
 def _clean_catalog() -> Iterator[None]:
-    tables = catalog.MODELS, catalog.DATASETS
+    tables: tuple[dict[str, Any], ...] = catalog.MODELS, catalog.DATASETS, CODECS
     saved = [dict(table) for table in tables]
     yield
     for table, content in zip(tables, saved, strict=True):
@@ -66,15 +76,314 @@ def test_lookup_lists_what_exists() -> None:
     assert "\n" not in message
 
 
-def test_source_is_the_text_that_defines_the_function() -> None:
-    def mine() -> int:
-        return 41 + 1
+CELL = """
+import functools, random, threading
+from enum import Enum
+import numpy
+import torch
+from torch import nn
+import fedlab_kit as fk
 
-    assert "return 41 + 1" in catalog.source(mine)
+WIDTH = 8
+KINDS = {"alpha", "beta", "gamma", "delta"}
+TABLE = torch.arange(6.0)
+ROW = numpy.ones(6)
+RNG = numpy.random.default_rng(3)
+LOCK = threading.Lock()
+
+class Shade(Enum):
+    LIGHT = 1
+    DARK = 2
+
+class Meta(type):
+    def __call__(cls, *values):
+        return super().__call__(*values)
+
+class Base(nn.Module):
+    def last(self, x):
+        return x * 1.0
+
+def gate(limit):
+    def inner(x, slope=1.0):
+        return x.clamp(min=limit) * slope
+    return inner
+
+relu = gate(0.0)
+first = functools.partial(nn.Linear, bias=True)
+
+@functools.lru_cache
+def helper(kind):
+    return 1.0 if kind in {"alpha", "beta", "gamma"} else 2.0
+
+def doubled(function):
+    @functools.wraps(function)
+    def wrapper(*values):
+        return 2 * function(*values)
+    return wrapper
+
+class Net(Base, metaclass=Meta):
+    scale = 1.0
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.a, self.b = first(inputs, WIDTH), nn.Linear(WIDTH, classes)
+        self.shade, self.path = Shade.LIGHT, None
+    @property
+    def gain(self):
+        return 1.0
+    @staticmethod
+    def shift(x):
+        return x + 0.0
+    @doubled
+    def forward(self, x):
+        def squash(x):
+            return x * 1.0
+        with LOCK:
+            ends = [helper(kind) for kind in sorted(KINDS)]
+        x = (x + TABLE + torch.from_numpy(ROW).float()) * self.gain * self.scale * ends[0]
+        return self.last(self.shift(squash(self.b(relu(self.a(x))))))
+
+@fk.model("mine")
+def mine(shape, classes, depth=1, *, bias=0.0):
+    class Local(Net):
+        gains = 1, 2
+        def forward(self, x):
+            self.seen, self.other, self.third = 1, 2, 3
+            return super().forward(x) + bias
+    return Local(shape[0], classes)
+
+@fk.codec("mine")
+class Mine(fk.Codec):
+    step = 2
+    def _scaled(self, vector):
+        return vector * self.step
+    def encode(self, vector, rng):
+        return self._scaled(vector).numpy().tobytes()
+    def decode(self, body, size):
+        return torch.from_numpy(numpy.frombuffer(body, numpy.float32).copy()) / self.step
+"""
+EDITS = {
+    "class body": ("self.shift(squash(", "(squash("),
+    "helper": ("else 2.0", "else 3.0"),
+    "set in a helper": ('{"alpha", "beta", "gamma"} else', '{"alpha", "beta"} else'),
+    "module constant": ("WIDTH = 8", "WIDTH = 9"),
+    "global set": (', "delta"}', "}"),
+    "closure": ("gate(0.0)", "gate(0.1)"),
+    "default argument": ("slope=1.0", "slope=1.1"),
+    "default of what is registered": ("depth=1", "depth=2"),
+    "default of a keyword": ("bias=0.0", "bias=0.1"),
+    "class in a function": ("+ bias", "- bias"),
+    "class attribute": ("scale = 1.0", "scale = 1.5"),
+    "method of a codec": ("vector * self.step", "vector * self.step + 0"),
+    "attribute of a codec": ("step = 2", "step = 4"),
+    "base class": ("return x * 1.0\n\ndef gate", "return x * 1.5\n\ndef gate"),
+    "metaclass": ("return super().__call__(*values)", "return super(Meta, cls).__call__(*values)"),
+    "nested function": ("            return x * 1.0", "            return x * 2.0"),
+    "global tensor": ("arange(6.0)", "arange(6.0) / 2"),
+    "dtype of an array": ("numpy.ones(6)", "numpy.ones(6, numpy.float32)"),
+    "argument of a partial": ("bias=True", "bias=False"),
+    "property": ("return 1.0\n    @static", "return 1.1\n    @static"),
+    "static method": ("return x + 0.0", "return x + 0.1"),
+    "decorator": ("return 2 * function", "return 3 * function"),
+    "enumeration": ("LIGHT = 1", "LIGHT = 3"),
+    "attribute of the model": ("self.path = Shade.LIGHT, None", "self.path = Shade.LIGHT, 5"),
+}
+MOVED = {
+    "cell run again": lambda text: text,
+    "lines moved": lambda text: "\n" * 40 + text.replace("\n\n", "\n\n\n# a remark\n"),
+    "what nobody reads": lambda text: text + "\nUNUSED = 5\n",
+    "order": lambda text: text.replace("WIDTH = 8\n", "").replace("\nKINDS", "\nWIDTH = 8\nKINDS"),
+}
+SMALL = fk.Experiment(dataset="blobs", clients=3, clients_per_round=3, rounds=1)
+MINE = SMALL.replace(model="mine", uplink="mine")
 
 
-def test_source_that_python_does_not_have_is_a_clear_error() -> None:
-    namespace: dict[str, object] = {}
-    exec("def ghost(): pass", namespace)
-    with pytest.raises(ValueError, match="the source of 'ghost' is not available"):
-        catalog.source(namespace["ghost"])
+def run_cell(text: str, file: str = "cell 1", name: str = "__main__") -> dict[str, Any]:
+    """What a kernel does with a cell: a code object of its own file name, run in the namespace of `__main__`."""
+    namespace = {"__name__": name}
+    exec(compile(text, file, "exec"), namespace)
+    return namespace
+
+
+def key(text: str, experiment: fk.Experiment = MINE, **where: str) -> str:
+    run_cell(text, **where)
+    return identify(experiment)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_anywhere_makes_another_key(edit: str) -> None:
+    old, new = EDITS[edit]
+    assert CELL.count(old) == 1
+    assert key(CELL) != key(CELL.replace(old, new))
+
+
+@pytest.mark.parametrize("role", ["teacher", "start"])
+@pytest.mark.parametrize("edit", ["class body", "global tensor", "method of a codec"])
+def test_an_edit_of_what_a_parent_reaches_makes_another_key(role: str, edit: str) -> None:
+    child = (SMALL if role == "teacher" else SMALL.replace(model="mine")).replace(**{role: MINE})
+    assert key(CELL, child) != key(CELL.replace(*EDITS[edit]), child)
+
+
+@pytest.mark.parametrize("move", MOVED)
+def test_the_same_code_has_the_same_key_wherever_it_stands(move: str) -> None:
+    assert key(CELL) == key(MOVED[move](CELL), file="cell 2") == key(CELL, file="mine.py", name="mine")
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+@pytest.mark.parametrize("way", ["script", "module"])
+def test_the_key_is_the_same_in_a_fresh_process_with_another_hash_seed(seed: str, way: str, tmp_path: Path) -> None:
+    import worlds
+
+    ask = f"\nimport worlds; worlds.register()\nfrom fedlab_kit.runs import identify\nprint(identify(fk.{MINE!r}))\n"
+    (tmp_path / "own.py").write_text(CELL + (ask if way == "script" else ""))
+    code = [str(tmp_path / "own.py")] if way == "script" else ["-c", f"import own\nfrom own import fk\n{ask}"]
+    folders = os.pathsep.join([str(tmp_path), str(Path(worlds.__file__).parent), str(Path(fk.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == key(CELL)
+
+
+def test_what_a_helper_file_holds_counts_as_far_as_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = CELL.replace("import numpy\n", "import numpy\nimport own_helpers\n").replace(
+        "squash(self.b", "own_helpers.f(self.b"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for number, text in enumerate(["A = 1\ndef f(x): return x * A", "A = 2\ndef f(x): return x * A",
+                                   "A = 1\ndef g(): pass\ndef f(x): return x * A"]):  # fmt: skip
+        (tmp_path / "own_helpers.py").write_text(f"{text}\n# {'-' * number}")
+        monkeypatch.delitem(sys.modules, "own_helpers", raising=False)
+        importlib.invalidate_caches()
+        keys.append(key(cell))
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_what_the_model_is_built_from_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bias.npy"
+    cell = CELL.replace("    return Local(shape[0], classes)", f"""    import os
+    net = Local(shape[0], classes)
+    net.power = os.environ.get("POWER")
+    nn.init.constant_(net.b.bias, float(numpy.load({str(file)!r})))
+    return net""")  # fmt: skip
+    np.save(file, 1.0)
+    first = key(cell)
+    assert first == key(cell)
+    np.save(file, 2.0)
+    second = key(cell)
+    monkeypatch.setenv("POWER", "2")
+    assert len({first, second, key(cell)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("put", "what"),
+    [
+        ("HELPER = (i for i in range(3))", "Net.forward -> HELPER: a generator"),
+        ("HELPER = open(__import__('os').devnull)", "Net.forward -> HELPER: a TextIOWrapper"),
+        ("HELPER = iter([1])", "Net.forward -> HELPER: a list_iterator"),
+        ("def HELPER(): return eval('1')", r"Net.forward -> HELPER: what eval\(\) reaches"),
+        ("HELPER = [1, {'a': threading.Thread()._target, 'b': (i for i in '')}]", "HELPER -> b: a generator"),
+    ],
+)
+def test_what_cannot_be_told_is_named_with_the_way_to_it(put: str, what: str) -> None:
+    cell = CELL.replace("def squash(x):", "HELPER\n        def squash(x):").replace("class Net", f"{put}\n\nclass Net")
+    cell = cell.replace("    @doubled\n", "")
+    with pytest.raises(catalog.Unknowable, match=f"^model 'mine' -> .*{what}") as error:
+        opened = run_cell(cell)["HELPER"]
+        try:
+            identify(MINE)
+        finally:
+            getattr(opened, "close", int)()
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_of_a_users_is_called() -> None:
+    cell = """
+class Loud:
+    def _refuse(self, *_): raise AssertionError("called")
+    __eq__ = __hash__ = __repr__ = __getstate__ = __reduce_ex__ = __reduce__ = __getattr__ = __bool__ = _refuse
+    __class__ = property(_refuse)
+    def __init__(self): self.__dict__["a"] = 1
+class Quiet(dict):
+    __iter__ = items = keys = __len__ = __getitem__ = Loud._refuse
+LOUD, QUIET = Loud(), Quiet(a=1)
+def f(): return LOUD, QUIET
+"""
+    first = catalog.fingerprint(run_cell(cell)["f"])
+    assert first == catalog.fingerprint(run_cell(cell)["f"])
+    assert first != catalog.fingerprint(run_cell(cell.replace('["a"] = 1', '["a"] = 2'))["f"])
+    assert first != catalog.fingerprint(run_cell(cell.replace("Quiet(a=1)", "Quiet(a=2)"))["f"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1", "True"), ("1", "1.0"), ("0.0", "-0.0"), ("'a'", "b'a'"), ("(1, 2)", "[1, 2]"), ("{1: 2}", "{2: 1}"),
+        ("{'a': 1, 'b': 2}", "{'b': 2, 'a': 1}"), ("[['a'], 'b']", "[['a', 'b']]"),
+        ("torch.zeros(2)", "torch.zeros(1, 2)"), ("types.SimpleNamespace(a=1)", "types.SimpleNamespace(a=2)"),
+        ("torch.zeros(2)", "torch.zeros(2, requires_grad=True)"), ("torch.float16", "torch.bfloat16"),
+        ("torch.ones(2, dtype=torch.bfloat16)", "torch.ones(2, dtype=torch.float16)"),
+        ("torch.Generator().manual_seed(1)", "torch.Generator().manual_seed(2)"),
+        ("random.Random(1)", "random.Random(2)"), ("numpy.random.default_rng(1)", "numpy.random.default_rng(2)"),
+        ("numpy.random.RandomState(1)", "numpy.random.RandomState(2)"), ("nn.ReLU()", "nn.Tanh()"),
+        ("nn.Dropout(0.1)", "nn.Dropout(0.2)"), ("functools.partial(max, 1)", "functools.partial(max, 2)"),
+        ("re.compile('a')", "re.compile('a', re.I)"), ("collections.deque([1])", "collections.deque([2])"),
+        ("collections.OrderedDict(a=1)", "collections.OrderedDict(a=2)"), ("numpy.sum", "numpy.prod"),
+        ("torch.relu", "torch.tanh"), ("[].append", "[1].append"), ("slice(1)", "slice(2)"), ("range(2)", "range(3)"),
+        ("pathlib.Path('a')", "pathlib.Path('b')"), ("pandas.DataFrame({'a': [1]})", "pandas.DataFrame({'a': [2]})"),
+        ("fk.Preprocess(0.0, 1.0)", "fk.Preprocess(0.0, 2.0)"),
+        ("operator.itemgetter(0)", "operator.itemgetter(1)"), ("torch.vmap(lambda x: x)", "torch.vmap(lambda x: -x)"),
+        ("numpy.vectorize(lambda x: x)", "numpy.vectorize(lambda x: -x)"), ("abs", "max"),
+        ("contextlib.contextmanager(lambda: 1)", "contextlib.contextmanager(lambda: 2)"),
+        ("type('A', (), {'__slots__': 'a', 'b': 1})", "type('A', (), {'__slots__': 'a', 'b': 2})"),
+        ("lambda *, a=1: a", "lambda *, a=2: a"), ("lambda a=1: a", "lambda a=2: a"),
+        ("[w := [1], w]", "[[1], [1]]"),
+    ],
+)  # fmt: skip
+def test_values_that_differ_are_told_apart_and_equal_ones_are_not(one: str, other: str) -> None:
+    modules = (
+        "import collections, contextlib, functools, operator, pathlib, random, re, types\nimport numpy, pandas, torch"
+    )
+    cell = f"{modules}\nimport fedlab_kit as fk\nfrom torch import nn\nVALUE = {{}}\ndef f(): return VALUE"
+    prints = [catalog.fingerprint(run_cell(cell.format(value))["f"]) for value in (one, one, other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_an_edited_helper_of_a_data_set_is_seen_though_the_data_set_is_not_registered_again() -> None:
+    cell = run_cell("""
+import worlds, dataclasses, fedlab_kit as fk
+def offset(): return 0.0
+@fk.dataset
+def shifted():
+    split = worlds.blobs().train
+    return dataclasses.replace(worlds.blobs(), train=fk.Split(split.x + offset(), split.y))
+""")
+    before, first = identify(SMALL.replace(dataset="shifted")), data.load("shifted").train.x.mean()
+    exec("def offset(): return 1.0", cell)
+    assert identify(SMALL.replace(dataset="shifted")) != before
+    assert float(data.load("shifted").train.x.mean() - first) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_packages_own_code_counts_and_its_comments_and_docstrings_do_not() -> None:
+    source = b'"""What it is."""\nA = 1\n"""Its help."""\ndef f(x):\n    """Doc."""\n    return x + A  # why\n'
+    same = (
+        source.replace(b"What it is", b"Else")
+        .replace(b"Its help", b"No")
+        .replace(b"Doc.", b"D.")
+        .replace(b"# why", b"")
+    )
+    digest = catalog.code_digest({"a.py": source})
+    assert digest == catalog.code_digest({"a.py": b"\n\n" + same})
+    assert digest != catalog.code_digest({"a.py": source.replace(b"x + A", b"x - A")})
+    assert digest != catalog.code_digest({"b.py": source}) and len(catalog.code()) == 64
+
+
+def test_the_digest_covers_the_modules_that_decide_weights() -> None:
+    names = set(catalog._SOURCES)
+    assert {
+        "data.py",
+        "models.py",
+        "partition.py",
+        "federation/rounds.py",
+        "wire/frame.py",
+        "compression/prune.py",
+    } <= names
+    assert not names & {"wire/secure.py", "run.py", "experiment.py", "lab/bench.py"}

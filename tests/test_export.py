@@ -11,13 +11,16 @@ from pathlib import Path
 import onnxruntime
 import pandas
 import pytest
+import torch
 
 import fedlab_kit as fk
+from fedlab_kit import catalog
 from fedlab_kit.deployment.artifact import load
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.export import export, reproduce
 from fedlab_kit.lab.marks import Mark
 from fedlab_kit.lab.points import Point
+from fedlab_kit.run import StoredRun
 
 EXPERIMENT = fk.Experiment(
     model="student", clients=4, clients_per_round=3, rounds=2, alpha=1.0, teacher=fk.Experiment(rounds=1)
@@ -96,9 +99,115 @@ def test_code_tells_what_was_registered_by_hand(tmp_path):
     own = fk.Experiment(dataset="blobs", model="norm_net", clients=3, clients_per_round=3, rounds=1)
     run = fk.train(fk.Experiment(dataset="blobs", model="norm_net", clients=3, clients_per_round=3, rounds=1))
     code = reproduce(run, fk.Recipe(), "0" * 64)
-    assert "# Register these first" in code and "# def norm_net(" in code and "# def blobs(" in code
+    assert "\ndef norm_net(" in code and "\ndef blobs(" in code and "Not carried" not in code
     assert f"run = train({own!r})" in code
     compile(code, "reproduce.py", "exec")
+
+
+OWN = """
+import functools
+import math
+from functools import partial
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fedlab_kit as fk
+from worlds import register
+
+register()
+WIDTH, KINDS = 5, {"a": (1, 2.5), "b": None}
+ends = lambda x: x * WIDTH
+
+class Net(nn.Module):
+    steps = KINDS["a"][0]
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.a, self.b = nn.Linear(inputs, WIDTH), nn.Linear(WIDTH, classes)
+    def forward(self, x):
+        return ends(self.b(F.relu(Block.twice(self, x))))
+
+class Plain(Net):
+    pass
+
+def doubled(function):
+    @functools.wraps(function)
+    def wrapper(*values):
+        return 2 * function(*values)
+    return wrapper
+
+@functools.lru_cache
+def factor():
+    return 3.0
+
+class Block(Plain):
+    @torch.no_grad()
+    def probe(self, x):
+        return x
+    @doubled
+    def twice(self, x):
+        return self.a(x) * math.pi * factor()
+
+@doubled
+def number(one):
+    return one
+
+def make(shape, classes):
+    return Block(shape[0], classes) if number(1) == 2 else None
+
+fk.model("mine")(make)
+
+@fk.codec("halves")
+class Halves(fk.Codec):
+    def encode(self, vector, rng):
+        return (vector / 2).numpy().tobytes()
+    def decode(self, body, size):
+        return torch.from_numpy(numpy.frombuffer(body, numpy.float32).copy()) * 2
+
+child = fk.Experiment(dataset="blobs", model="mlp", clients=3, clients_per_round=3, rounds=1, uplink="halves",
+                      teacher=fk.Experiment(dataset="blobs", model="mine", clients=3, clients_per_round=3, rounds=1))
+"""
+
+
+def _fresh(code: str, *folders: Path) -> list[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [Path(fk.__file__).parents[1], *folders]))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split("\n")
+
+
+def test_code_brings_a_users_definitions_and_gets_the_same_key_in_a_fresh_process(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    ask = "import sys; sys.path.insert(0, 'TESTS'); import own, fedlab_kit as fk\n"
+    ask += "from fedlab_kit.lab.export import reproduce\n"
+    ask += "run = fk.train(own.child); print(run.key)\nprint(reproduce(run, fk.Recipe(), '0' * 64))"
+    key, *lines = _fresh(ask.replace("TESTS", str(Path(__file__).parent)), tmp_path)
+    code = "\n".join(lines)
+    assert "Not carried" not in code and "import own" not in code and "worlds" not in code
+    (tmp_path / "own.py").unlink()
+    assert _fresh(code + "\nprint(run.key)")[-2] == key
+
+
+def test_code_says_what_it_cannot_bring(tmp_path):
+    table = torch.ones(6)
+
+    def mine(shape, classes):
+        assert len(table) == 6
+        return torch.nn.Linear(6, classes)
+
+    catalog.model("mine")(mine)
+    run = fk.train(fk.Experiment(dataset="blobs", model="mine", clients=3, clients_per_round=3, rounds=1))
+    code = reproduce(run, fk.Recipe(), "0" * 64)
+    assert "# Not carried along, define it yourself: mine (it takes table from the function around it)." in code
+    catalog.model("mine")(lambda shape, classes: torch.nn.Linear(6, classes))
+    assert "# A definition, the data or a version is another one now" in reproduce(run, fk.Recipe(), "0" * 64)
+
+
+def test_a_point_of_older_code_can_be_exported_and_says_so(run, artifact, points, tmp_path):
+    older = StoredRun(run.experiment, run.path, run.records, run.measured, True, older=True)
+    code = (export(tmp_path / "old", artifact, older, points) / "reproduce.py").read_text()
+    assert "# Made by older code of fedlab-kit" in code
 
 
 def test_the_table_is_that_of_the_points_without_folders_of_this_machine(folder, points):

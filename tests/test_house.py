@@ -26,7 +26,7 @@ ORDER = [
     "lab.wording", "lab.session",
     "lab.points", "lab.compressor", "lab.follow", "lab.report", "lab.export", "lab.leaderboard", "lab.desk",
     "lab.pictures", "lab.compare", "lab.control", "lab.controls", "lab.shelf", "lab.point_shelf", "lab.run_shelf",
-    "lab.client_shelf", "lab.screen", "lab.view", "lab.bench", "lab.looks", "lab.watch",
+    "lab.client_shelf", "lab.screen", "lab.view", "lab.bench", "lab.looks", "lab.watch", "__main__",
 ]  # fmt: skip
 EMPTY = {"compression", "federation", "deployment", "scale", "lab"}  # packages that hold a docstring alone
 

@@ -31,7 +31,6 @@ def newer(sites: tuple[int, ...], offset: float) -> Dataset:
 @pytest.fixture(autouse=True)
 def _newer_data(monkeypatch):
     monkeypatch.setitem(catalog.DATASETS, "clinics_newer", lambda: newer((0, 1, 2), 3.0))
-    monkeypatch.setattr(catalog, "source", lambda function: function.__name__)
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import fedlab_kit as fk
+from fedlab_kit import __main__ as cli
 from fedlab_kit import catalog, runs
 from fedlab_kit.files import StoreError, read_tensors, write_bytes, write_tensors
+from fedlab_kit.lab.canvas import human_bytes
 from fedlab_kit.runs import history
 from fedlab_kit.store import ClientFiles, RunFolder
 
@@ -117,11 +119,17 @@ def test_a_damaged_file_is_named(name):
 def test_what_decides_the_outcome_decides_the_key(monkeypatch):
     key = runs.identify(SMALL)
     assert key == runs.identify(SMALL.replace()) != runs.identify(SMALL.replace(lr=0.06))
-    monkeypatch.setattr(runs, "version", lambda name: "99")
-    assert runs.identify(SMALL) != key
-    monkeypatch.undo()
-    monkeypatch.setattr(torch, "__version__", "0.0")
-    assert runs.identify(SMALL) != key
+    for module, name, other in ((catalog, "code", lambda: "99"), (torch, "__version__", "0"), (np, "__version__", "0")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, other)
+            assert runs.identify(SMALL) != key
+    assert runs.identify(SMALL) == key
+
+
+def test_a_default_that_another_version_has_is_part_of_the_key(monkeypatch):
+    key = runs.identify(SMALL)
+    monkeypatch.setattr(fk.Experiment, "changes", lambda self: {})
+    assert runs.identify(SMALL) == key != runs.identify(SMALL.replace(alpha=0.6))
 
 
 def test_a_changed_model_function_is_another_run():
@@ -148,7 +156,7 @@ def test_a_parent_that_changed_makes_another_run():
 
         catalog.model("mine")(mine)
         keys.add(runs.identify(SMALL.replace(teacher=SMALL.replace(model="mine"))))
-    assert len(keys) == 1, "the source is the same, and so is the key"
+    assert len(keys) == 2, "the default argument is another one, and so is the key"
     catalog.model("mine")(lambda shape, classes: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, classes)))
     assert runs.identify(SMALL.replace(teacher=SMALL.replace(model="mine"))) not in keys
 
@@ -166,6 +174,95 @@ def test_changed_data_is_another_run():
         catalog.dataset("moved")(lambda offset=offset: made(offset))
         keys.add(runs.identify(SMALL.replace(dataset="moved")))
     assert len(keys) == 2
+
+
+def test_an_edited_helper_trains_the_edited_model():
+    space = {"nn": torch.nn, "catalog": catalog, "__name__": "__main__"}
+    exec("def power(x): return x\nclass Net(nn.Module):\n def __init__(self):\n  super().__init__()\n"
+         "  self.a = nn.Linear(6, 3)\n def forward(self, x): return power(self.a(x))\n"
+         "@catalog.model('mine')\ndef mine(shape, classes): return Net()", space)  # fmt: skip
+    first = fk.train(SMALL.replace(model="mine"))
+    exec("class Net(Net):\n def forward(self, x): return -self.a(x)", space)  # `mine` is not registered again
+    second = fk.train(SMALL.replace(model="mine"))
+    assert second.key != first.key and not second.from_store
+    x = second.dataset.preprocess(second.dataset.validation.x)
+    weight, bias = second.weights[:18].view(3, 6), second.weights[18:]
+    torch.testing.assert_close(second.model(x), -(x @ weight.T + bias))
+
+
+def _unknowable(bias=True):
+    steps = (step for step in (1, 2, 3))
+
+    def mine(shape, classes):
+        assert steps is not None
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, classes, bias=bias))
+
+    return catalog.model("mine")(mine)
+
+
+@pytest.mark.parametrize("child", [None, "teacher", "start"])
+def test_what_cannot_be_told_is_trained_each_time_kept_aside_and_said(child, runs_folder):
+    _unknowable()
+    mine = SMALL.replace(model="mine", rounds=2)
+    experiment = (SMALL if child != "start" else mine).replace(**{child: mine}) if child else mine
+    with pytest.warns(UserWarning, match="not stored: model 'mine' -> steps: a generator"):
+        one = fk.train(experiment)
+    with pytest.warns(UserWarning, match="not stored"):
+        other = fk.train(experiment)
+    assert one.unstored.startswith("model 'mine' -> steps") and "\n" not in one.unstored
+    assert not one.from_store and not other.from_store and torch.equal(one.weights, other.weights)
+    assert one.path != other.path and one.path.exists() and not runs_folder.exists()
+    assert fk.find(experiment) is None and history() == ((), [])
+    assert fk.compress(one, fk.Recipe()).accuracy == one.accuracy
+
+
+def test_a_sweep_trains_what_cannot_be_told_once(monkeypatch):
+    _unknowable()
+    asked, train = [], runs.train
+    monkeypatch.setattr("fedlab_kit.training.train", lambda e, *rest: asked.append(e) or train(e, *rest))
+    with pytest.warns(UserWarning, match="not stored"):
+        table = fk.sweep(SMALL.replace(model="mine", rounds=1), {"lr": [0.05, 0.1], "dtype": ["fp32", "int8"]})
+    assert len(table) == 4 and len(asked) == 2 and table["accuracy"].notna().all()
+
+
+def _made_by_other_code(run, code):
+    file = run.path / "experiment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "code": code}))
+
+
+def test_a_run_of_older_code_is_listed_and_never_believed(monkeypatch, runs_folder):
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "code", lambda: "0" * 64)
+        old = fk.train(SMALL)
+        stop = threading.Event()
+        fk.train(SMALL.replace(seed=9), stop, lambda record: stop.set())
+    assert fk.find(SMALL) is None
+    new, child = fk.train(SMALL), fk.train(SMALL.replace(seed=9))
+    assert not new.from_store and new.key != old.key and len(child.records) == 5
+    assert [run.older for run in history()[0]].count(True) == 2
+    assert {run.key for run in history()[0] if not run.older} == {new.key, child.key}
+
+
+@pytest.mark.parametrize("code", ["0" * 64, None])
+def test_one_command_shows_and_frees_what_older_code_made(code, runs_folder, capsys, monkeypatch):
+    old, new, held, broken = (fk.train(SMALL.replace(seed=seed, rounds=1)) for seed in range(4))
+    _made_by_other_code(old, code)
+    _made_by_other_code(held, code)
+    (broken.path / "experiment.json").write_text("{")
+    (runs_folder / "notes").mkdir()
+    monkeypatch.setattr(sys, "argv", ["fedlab_kit", "runs"])
+    cli.main()
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "older code" in lines[old.key] and "today's code" in lines[new.key] and "damaged" in lines[broken.key]
+    monkeypatch.setattr(sys, "argv", ["fedlab_kit", "runs", "--free"])
+    bytes_of_old = runs.size(old.path)
+    with RunFolder(held.path).locked(None):
+        thread = threading.Thread(target=cli.main)
+        thread.start()
+        thread.join()
+    assert f"1 runs of older code deleted, {human_bytes(bytes_of_old)} freed" in capsys.readouterr().out
+    assert {path.name for path in runs_folder.iterdir()} == {new.key, held.key, broken.key, "notes"}
+    assert fk.train(SMALL.replace(seed=1, rounds=1)).from_store
 
 
 def test_divergence_keeps_its_records():

@@ -4,7 +4,9 @@ from threading import Event, Thread
 from time import perf_counter
 
 import pytest
+from torch import nn
 
+from fedlab_kit import catalog
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab import pictures
@@ -52,6 +54,20 @@ def test_a_run_to_its_end(session):
     assert run.records == tuple(session.records) and run.status == "finished"
     assert session.status.startswith(f"Finished: {100 * run.accuracy:.1f} % (95 % interval ")
     assert "after 3 rounds" in session.status and "store" not in session.status and session.error == ""
+
+
+def test_what_the_store_cannot_tell_is_said_and_trained_again(session, monkeypatch, runs_folder):
+    steps = iter([1])
+    mine = lambda shape, classes: steps and nn.Sequential(nn.Flatten(), nn.Linear(784, classes))  # noqa: E731
+    monkeypatch.setitem(catalog.MODELS, "mine", mine)
+    child = TINY.replace(teacher=TINY.replace(model="mine"))
+    for _ in range(2):
+        finished(session, child)
+        assert session.status.startswith("Finished: ")
+        assert "Not stored: model 'mine' -> steps: a list_iterator has no value" in session.status
+        assert [run.from_store for run in session.runs] == [False, False] and not runs_folder.exists()
+    finished(session)
+    assert "Not stored" not in session.status and session.runs[-1].path.parent == runs_folder
 
 
 def test_progress_is_said_in_words(session):

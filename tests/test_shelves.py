@@ -1,12 +1,15 @@
 """What stands below the plots: points and runs that are named, hidden, exported, taken up again and compared."""
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fedlab_kit.experiment import Experiment
+from fedlab_kit import catalog
+from fedlab_kit.deployment.artifact import compress
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab import client_shelf, compare
 from fedlab_kit.lab.bench import Bench
 from fedlab_kit.lab.marks import Marks
@@ -142,6 +145,23 @@ def test_settings_that_have_no_control_are_taken_up_too():
     shelf.run.field.value = next(key for label, key in shelf.run.field.options if "teacher mlp" in label)
     press(bench, "Use its settings")
     assert bench.experiment == student and not bench.controls["temperature"].field.disabled
+
+
+def test_runs_of_older_code_are_marked_and_their_points_exported(runs_folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "code", lambda: "0" * 64)
+        compress(train(TINY), Recipe())
+    bench = Bench(TINY)
+    (old,) = history()[0]
+    assert old.older and compare.run_option(old, Marks(runs_folder)).endswith(", made by older code")
+    assert "made by older code" in compare.runs_table([old], Marks(runs_folder))
+    bench.desk.compressor.choose(1)
+    deadline = time.monotonic() + 30
+    while bench.desk.compressor.busy and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "Made by older code" in (bench.export(tmp_path / "out") / "reproduce.py").read_text()
+    bench.run(block=True)
+    assert bench.desk.session.runs[-1].key != old.key and not bench.desk.session.runs[-1].from_store
 
 
 def test_two_runs_are_told_apart_by_their_names_or_by_what_differs(runs_folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 from zlib import crc32
@@ -44,7 +44,7 @@ class Task:
     `y` [n] their labels, `shards` each client's indices into them, `initial` [P] and `initial_state` [S] the model
     before the first round, `shared` [P] which weights travel (None: all), `soft` [n, classes] the teacher's logits
     (None without a teacher; see `teach`), `owner` [m] whose part each validation sample is, where clients have models
-    of their own. The model is scratch: a task serves one thread.
+    of their own. The model is scratch: a task serves one thread, or several in turns, see `apart`.
     """
 
     experiment: Experiment
@@ -60,6 +60,13 @@ class Task:
     soft: Tensor | None
     owner: Tensor | None
     taught: set[int] = field(default_factory=set)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def apart(self) -> Task:
+        """Return the same task with a model of its own, which threads may use in turns under its `lock`."""
+        sample = self.dataset.preprocess(self.dataset.train.x[:8])
+        model = FlatModel(deepcopy(self.model.module), sample, self.experiment.device)
+        return replace(self, model=model, lock=threading.RLock())
 
     def teach(self, clients: list[int]) -> None:
         """Fill in the teacher's logits for the samples of these clients, once each."""
@@ -94,8 +101,9 @@ class Task:
         """
         if state is None and self.model.state_layout.size:
             raise ValueError(f"state must be given: the model has {', '.join(self.model.state_layout.names)}")
-        self.model.load(weights, self.initial_state if state is None else state)
-        return self.model.logits(self._validation if split is self.dataset.validation else self._chunks(split.x))
+        with self.lock:
+            self.model.load(weights, self.initial_state if state is None else state)
+            return self.model.logits(self._validation if split is self.dataset.validation else self._chunks(split.x))
 
     def on_grid(self, weights: Tensor) -> Tensor:
         """Return `weights` [P] or [clients, P] rounded to the grid of `qat`; the same tensor when that is off."""
@@ -183,7 +191,7 @@ def task(experiment: Experiment | Task, parents: Parents = NOBODY) -> Task:
     """
     if isinstance(experiment, Task):
         return experiment
-    makers = catalog.lookup("model", experiment.model), catalog.lookup("dataset", experiment.dataset)
+    makers = catalog.stamp("model", experiment.model), catalog.stamp("dataset", experiment.dataset)
     return _task(experiment, parents, makers, threading.get_ident())
 
 

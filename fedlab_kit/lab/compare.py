@@ -29,7 +29,7 @@ def told_apart(run: StoredRun, other: StoredRun, marks: Marks) -> str:
 def run_option(run: StoredRun, marks: Marks) -> str:
     """Return a run as one line of a list to choose from."""
     hidden = " (hidden)" if marks[run.key].hidden else ""
-    return f"{run_words(run, marks)}: {percent(run.accuracy)}, {moment(run.measured)}{hidden}"
+    return f"{run_words(run, marks)}: {percent(run.accuracy)}, {_measured(run)}{hidden}"
 
 
 def runs_table(runs: Sequence[StoredRun], marks: Marks) -> str:
@@ -44,12 +44,16 @@ def runs_table(runs: Sequence[StoredRun], marks: Marks) -> str:
             percent(run.accuracy),
             f"{len(run.records)} of {run.experiment.rounds}",
             human_bytes(run.uplink_bytes),
-            moment(run.measured) if run.from_store else "now",
+            _measured(run) if run.from_store else "now",
         ]
         for run in reversed(seen[-LAST:])
     ]
     hidden = f", {len(runs) - len(seen)} hidden" if len(seen) < len(runs) else ""
     return html_table(f"The last {len(rows)} of {len(runs)} runs{hidden}", heads, rows)
+
+
+def _measured(run: StoredRun) -> str:
+    return moment(run.measured) + (", made by older code" if run.older else "")
 
 
 def comparison(one: StoredRun, other: StoredRun, names: tuple[str, str]) -> str:
@@ -76,7 +80,7 @@ def _figures(run: StoredRun) -> list[str]:
         human_bytes(run.downlink_bytes),
         f"{three(run.measured['seconds'])} s",
         _worst(run),
-        origin(run.from_store, run.measured).removeprefix("measured "),
+        origin(run.from_store, run.measured).removeprefix("measured ") + (", by older code" if run.older else ""),
     ]
 
 

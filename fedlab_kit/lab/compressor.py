@@ -178,7 +178,7 @@ class Compressor:
         with tempfile.TemporaryDirectory() as folder, suppress(ValueError):  # what is wrong is said when it matters
             alone = experiment.replace(teacher=None, start=None, start_recipe=None)
             job = task(alone)
-            untrained = Run(alone, Path(folder), (), {}, False, job.initial, job.initial_state, job.parents)
+            untrained = Run(alone, Path(folder), (), {}, False, job.initial, job.initial_state, job.apart())
             compress(untrained, Recipe(dtype="int8"))
         self.say(self._outcome())
 

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.files import StoreError
 from fedlab_kit.lab.compressor import NO_RUN, Compressor
 from fedlab_kit.lab.export import export
 from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.points import Point, Points
+from fedlab_kit.lab.points import Points
 from fedlab_kit.lab.session import Session
-from fedlab_kit.run import Run
-from fedlab_kit.runs import find, history, runs_folder
+from fedlab_kit.runs import history, runs_folder
 
 
 class Desk:
@@ -81,16 +79,8 @@ class Desk:
         current = self.points.current
         if current is None or current.artifact is None:
             raise ValueError("there is no point to export yet: press Run first")
-        return export(folder, current.artifact, _whole(current), self.points.shown(current.run.experiment.dataset))
+        return export(folder, current.artifact, current.run, self.points.shown(current.run.experiment.dataset))
 
     def export_later(self, folder: str) -> None:
         """Export after what was asked for before; where to, or why not, is said in the compressor's status."""
         self.compressor.do("Exporting.", lambda: f"Exported to {self.export(folder)}: open report.html there.")
-
-
-def _whole(point: Point) -> Run:
-    """Return the run of a point with its model, which a run of an earlier bench lacks until now."""
-    run = point.run if isinstance(point.run, Run) else find(point.run.experiment)
-    if run is None or run.key != point.run.key:
-        raise StoreError("this point's run was made by other versions: press Run with its settings to make it again")
-    return run

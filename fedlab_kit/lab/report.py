@@ -12,7 +12,7 @@ from fedlab_kit.experiment import Recipe
 from fedlab_kit.lab import plots
 from fedlab_kit.lab.canvas import human_bytes, human_ms, percent, with_interval
 from fedlab_kit.lab.client_pictures import MOST, accuracy_of_each, labels_held
-from fedlab_kit.run import Run
+from fedlab_kit.run import StoredRun
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -27,7 +27,7 @@ pre { overflow-x: auto; padding: 0.7rem; border: 1px solid #80808055; }
 """
 
 
-def report(artifact: Artifact, run: Run, points: Sequence[Mapping[str, Any]], code: str) -> str:
+def report(artifact: Artifact, run: StoredRun, points: Sequence[Mapping[str, Any]], code: str) -> str:
     """Return the page: what was measured on the artifact (its test split is open), plots, settings and `code`."""
     title = f"{run.experiment.model} on {run.dataset.name}: {artifact.path.name}"
     sections = [
@@ -46,7 +46,7 @@ def report(artifact: Artifact, run: Run, points: Sequence[Mapping[str, Any]], co
     )
 
 
-def measured(artifact: Artifact, run: Run) -> dict[str, str]:
+def measured(artifact: Artifact, run: StoredRun) -> dict[str, str]:
     """Say what the artifact's file and its run measured, with units."""
     test, about = artifact.card["test"], run.measured
     note = {"Note": artifact.note} if artifact.note else {}
@@ -65,7 +65,7 @@ def measured(artifact: Artifact, run: Run) -> dict[str, str]:
     }
 
 
-def _curve(run: Run) -> str:
+def _curve(run: StoredRun) -> str:
     return plots.to_html(plots.accuracy_curve(run.records), plots.describe_curve(run.records))
 
 
@@ -80,12 +80,12 @@ def _scatter(artifact: Artifact, points: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _clients(run: Run) -> str:
+def _clients(run: StoredRun) -> str:
     """Draw who held which labels, and how the final model fares for each client."""
     return f"{labels_held(run.experiment)}\n{accuracy_of_each(run.experiment, run.records[-1])}"
 
 
-def _settings(run: Run, artifact: Artifact) -> str:
+def _settings(run: StoredRun, artifact: Artifact) -> str:
     """Return the settings that differ from the defaults, and all of them folded below."""
     changed, every = run.experiment.changes(), dict(run.experiment)
     recipe = Recipe(**artifact.card["recipe"])

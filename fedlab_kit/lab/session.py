@@ -114,7 +114,10 @@ class Session:
 
     def _train(self, stage: Experiment, stop: Event) -> Run:
         try:
-            return train(stage, stop, self._progress)
+            run = train(stage, stop, self._progress)
+            with self._lock:
+                self._unstored = f"Not stored: {run.unstored}." if run.unstored else self._unstored
+            return run
         except StoreError as error:
             with self._lock:
                 self._begin(stage)

@@ -27,7 +27,8 @@ def outcome(run: Run) -> str:
         reason = run.note or "the loss is no longer a number"
         said = f"Diverged in round {rounds} of {asked}: {reason}. Try a smaller learning rate."
     elif run.status == "stopped":
-        return f"Stopped after round {rounds} of {asked} at {reached}. Run goes on from there."
+        again = "starts again" if run.unstored else "goes on from there"
+        return f"Stopped after round {rounds} of {asked} at {reached}. Run {again}."
     else:
         said = f"Finished: {reached} after {rounds} rounds in {seconds}."
     if run.from_store:

@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load, save
 
+from fedlab_kit.catalog import Unknowable
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.local import client_step
 from fedlab_kit.federation.messages import ClientState
@@ -47,7 +48,10 @@ def answer(asked: Mapping[str, Any], shelf: RecordDict) -> dict[str, Any]:
     if me not in answering(experiment, round, select(experiment, round)):
         return {"dropped": True}
     job = _task(experiment)
-    name = f"{identify(experiment)}/{me}"
+    try:
+        name = f"{identify(experiment)}/{me}"
+    except Unknowable:  # no store can keep it, but a shelf lasts for one run alone
+        name = f"aside/{me}"
     memory = _recall(shelf, name, asked["base"])
     if memory is None:
         return {"lost": asked["base"]}

@@ -28,18 +28,22 @@ def train(
     the rounds so far are kept, and the same call later goes on to the same final weights. Another notebook that
     trains the same experiment at this moment is waited for. `store` is another folder to keep runs in than
     `runs_folder()`. `engine` is "process", all in this one, or "flower", every client a virtual node of Flower's
-    simulation on Ray: the same numbers, for populations that outgrow one process. Raises ValueError for an impossible
-    experiment or an unknown engine, OSError when the store is unreadable or full, and ModuleNotFoundError with the
-    remedy when Flower is not installed.
+    simulation on Ray: the same numbers, for populations that outgrow one process. What a user wrote and the store could
+    not tell from a later version is run every time, with a warning, and kept as long as this process. Raises ValueError
+    for an impossible experiment or an unknown engine, OSError when the store is unreadable or full, and
+    ModuleNotFoundError with the remedy when Flower is not installed.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     if engine == "process":
-        return runs.train(experiment, stop, progress, store)
-    need_flower()
-    from fedlab_kit.scale.flower import simulate
+        run = runs.train(experiment, stop, progress, store)
+    else:
+        need_flower()
+        from fedlab_kit.scale.flower import simulate
 
-    return simulate(experiment, stop, progress, store)
+        run = simulate(experiment, stop, progress, store)
+    run.warn()
+    return run
 
 
 def need_flower() -> None:
