@@ -20,6 +20,8 @@ from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.task import task
 from fedlab_kit.wire.privacy import epsilon
 
+FEW = 4  # clients that are told one by one
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StoredRun:
@@ -63,8 +65,9 @@ class StoredRun:
 
     @property
     def note(self) -> str:
-        """What the last round had to say, "" normally."""
-        return self.records[-1].note if self.records else ""
+        """What the last round had to say, and which clients never took part; "" normally."""
+        said = self.records[-1].note if self.records else ""
+        return "; ".join(filter(None, (said, absent(self.experiment, self.records))))
 
     @cached_property
     def uplink_bytes(self) -> int:
@@ -130,7 +133,18 @@ class Run(StoredRun):
     def test(self) -> tuple[float, float, float]:
         """Return accuracy, low and high (95 %) on the test split, which nothing else opens."""
         job = task(self.experiment)
-        return job.evaluate(self.weights, job.dataset.test).accuracy()
+        return job.evaluate(self.weights, job.dataset.filled("test")).accuracy()
+
+
+def absent(experiment: Experiment, records: Sequence[RoundRecord]) -> str:
+    """Say whose updates no round of a finished run used, never asked or in vain; "" if everybody's were used."""
+    took = {client for record in records for client in record.answered}
+    if status(experiment, records) != "finished" or not (missing := experiment.clients - len(took)):
+        return ""
+    if missing > FEW:
+        return f"{missing:,} of {experiment.clients:,} clients never took part"
+    *others, last = (str(client) for client in range(experiment.clients) if client not in took)
+    return f"clients {', '.join(others)} and {last} never took part" if others else f"client {last} never took part"
 
 
 def status(experiment: Experiment, records: Sequence[RoundRecord]) -> str:

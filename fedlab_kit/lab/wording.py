@@ -30,6 +30,7 @@ def outcome(run: Run) -> str:
         return f"Stopped after round {rounds} of {asked} at {reached}. Run goes on from there."
     else:
         said = f"Finished: {reached} after {rounds} rounds in {seconds}."
+        said += f" {run.note[0].upper()}{run.note[1:]}." if run.note else ""
     if run.from_store:
         said += (
             f" Answered from the store, {origin(True, run.measured)}. New seed repeats it with other random choices."
