@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedlab_kit import catalog
 from fedlab_kit.compression.prune import plan_channels, prune_channels, prune_weights
 from fedlab_kit.compression.quantize import quantized
-from fedlab_kit.data import Dataset, Split, load
+from fedlab_kit.data import Dataset, Split, at_hand
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat import FlatModel
 from fedlab_kit.federation.stacked import Stack
@@ -149,7 +149,7 @@ def task(experiment: Experiment) -> Task:
 
 @lru_cache(maxsize=8)
 def _task(experiment: Experiment, makers: object, thread: int) -> Task:
-    dataset = load(experiment.dataset)
+    dataset = at_hand(experiment)
     module = _module(experiment, dataset)
     stack = Stack(module, dataset.shape) if Stack.supports(module, dataset.shape) else None  # type: ignore[arg-type]
     model, device = FlatModel(module, experiment.device), experiment.device
