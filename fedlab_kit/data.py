@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fedlab_kit.catalog import dataset, stamp
 from fedlab_kit.download import FASHION_MNIST, MNIST, DataError, Source, bundled, fetch, read_idx
+from fedlab_kit.experiment import Experiment
 
 DIGITS = tuple("0123456789")
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -25,7 +27,7 @@ SPLITS = ("train", "validation", "public", "test")
 class Split:
     """Samples as they are stored, and their labels.
 
-    `x`: uint8 images [n, 1, 28, 28] or float32 features [n, d]; `y`: int64 labels [n]; `site`: int64 [n], which of
+    `x`: uint8 images [n, channels, h, w] or float32 features [n, d]; `y`: int64 labels [n]; `site`: int64 [n], which of
     the data set's sites (hospitals, say) each sample comes from, or None.
     """
 
@@ -39,22 +41,45 @@ class Split:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Raw values -> float32 `(raw - mean) / std`; scalars for images, one number per feature [d] for tables.
+    """Raw values -> float32 `(raw - mean) / std`: one number for all, or one for each entry of a sample's first axis.
 
-    Constants of the training split, the same on every client; stored with a run and baked into its exported graph.
+    That axis is the feature of a table [d] and the channel of an image [c, h, w] or a series [c, time], also where
+    another axis is as long. Constants of the training split, the same on every client; stored with a run and baked
+    into its exported graph. Raises ValueError unless they are finite float32 numbers, as many of each, `std` above 0.
     """
 
     mean: float | tuple[float, ...]
     std: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not (torch.as_tensor(self.std) > 0).all():
-            raise ValueError(f"std must be above 0, got {self.std}")
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            values = torch.as_tensor(np.asarray(given, np.float64))
+            if name == "std" and not (values.float() > 0).all():
+                raise ValueError(f"std must be above 0, got {given}")
+            if values.ndim > 1 or not values.float().isfinite().all():
+                raise ValueError(f"{name} must be a finite number or a row of them, got {given}")
+            object.__setattr__(self, name, tuple(values.tolist()) if values.ndim else values.item())
+        if len(self.lengths) > 1:
+            raise ValueError(f"mean and std must be as many numbers, got {' and '.join(map(str, self.lengths))}")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many constants there are, of `mean` and of `std`; () where one number serves all."""
+        return tuple(dict.fromkeys(len(v) for v in (self.mean, self.std) if isinstance(v, tuple)))
+
+    def constants(self, axes: int) -> tuple[Tensor, Tensor]:
+        """Return `mean` and `std` as float32 tensors that broadcast over a batch [n, ...] of so many axes."""
+        mean, std = (
+            torch.tensor(value).view(-1, *[1] * (axes - 2)) if isinstance(value, tuple) else torch.tensor(value)
+            for value in (self.mean, self.std)
+        )
+        return mean, std
 
     def __call__(self, raw: Tensor) -> Tensor:
         """[n, ...] uint8 or float32 -> a new float32 tensor of the same shape."""
-        mean, std = (torch.as_tensor(value, dtype=torch.float32, device=raw.device) for value in (self.mean, self.std))
-        return raw.to(torch.float32, copy=True).sub_(mean).div_(std)
+        mean, std = self.constants(raw.ndim)
+        return raw.to(torch.float32, copy=True).sub_(mean.to(raw.device)).div_(std.to(raw.device))
 
     def to_dict(self) -> dict[str, float | list[float]]:
         """Return the constants as JSON values."""
@@ -73,8 +98,8 @@ class Dataset:
 
     `train` is what the clients share out, `validation` feeds every curve and plot, `public` is unlabelled data that
     the server may use, `test` is opened by exports and benchmark tables only. `features` names a table's columns and
-    travels with an artifact; of two classes the second is the positive one. Raises ValueError when the tensors do not
-    fit together.
+    travels with an artifact; of two classes the second is the positive one. A split that nothing needs may be empty.
+    Raises ValueError when the tensors do not fit together, or hold NaN or infinity.
     """
 
     name: str
@@ -90,6 +115,11 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.features and self.shape != (len(set(self.features)),):
             raise ValueError(f"dataset {self.name!r}: features must name each of the columns {self.shape} once")
+        if (length := self.preprocess.lengths) not in ((), self.shape[:1]):
+            raise ValueError(
+                f"dataset {self.name!r}: preprocess must have one number, or one for each entry of the first axis of "
+                f"samples {list(self.shape)}, got {length[0]} numbers"
+            )
         for name in SPLITS:
             for problem in _problems(self, getattr(self, name)):
                 raise ValueError(f"dataset {self.name!r}, split {name}: {problem}")
@@ -98,6 +128,12 @@ class Dataset:
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
         return tuple(self.train.x.shape[1:])
+
+    def filled(self, split: str) -> Split:
+        """Return one of the splits. ValueError, naming it, when it has no sample."""
+        if not len(found := getattr(self, split)):
+            raise ValueError(f"dataset {self.name!r}: split {split} must have at least one sample here, it is empty")
+        return found
 
     @cached_property
     def digest(self) -> str:
@@ -125,19 +161,43 @@ def _problems(dataset: Dataset, split: Split) -> Iterator[str]:
     for what, values, names in (("labels", y, dataset.classes), ("sites", site, dataset.sites)):
         if values is not None and len(values) and not 0 <= int(values.min()) <= int(values.max()) < len(names):
             yield f"{what} must be 0 to {len(names) - 1}, got {int(values.min())} to {int(values.max())}"
+    if x.is_floating_point() and not isfinite(x.sum()):  # one pass; a finite sum has no gap in it, another one may
+        for row, *place in (~x.isfinite()).nonzero()[:1].tolist():
+            columns = dataset.features or list(map(str, range(x.shape[1])))
+            where = f"row {row}, column {columns[place[0]]!s}" if x.ndim == 2 else f"sample {row}, place {place}"
+            yield f"x must be finite, {where} is {float(x[row, *place])}: fill it in or leave the sample out"
 
 
 def load(name: str) -> Dataset:
-    """Return the registered data set of that name, built once per process. ValueError lists the names that exist."""
-    return _build(*stamp("dataset", name))
+    """Return the registered data set of that name, built once per process.
+
+    ValueError lists the names that exist, or says what went wrong in the function that makes it.
+    """
+    return _build(*stamp("dataset", name), name)
+
+
+def at_hand(experiment: Experiment) -> Dataset:
+    """Return an experiment's data set. ValueError when what its rounds need is missing: a split, or the device."""
+    if experiment.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu on this machine: torch finds no GPU here, got 'cuda'")
+    found = load(experiment.dataset)
+    for split in ("train", "validation", *(["public"] if experiment.strategy == "feddf" else [])):
+        found.filled(split)
+    return found
 
 
 @lru_cache(maxsize=4)
-def _build(function: Callable[[], Dataset], edits: int) -> Dataset:
-    """Cached by function and edit, not by name: what a notebook registers again, or edits, is built again."""
-    built = function()
+def _build(function: Callable[[], Dataset], edits: int, name: str) -> Dataset:
+    """Cached by function and edit too: what a notebook registers again, or edits, is built again."""
+    try:
+        built = function()
+    except Exception as error:
+        if isinstance(error, DataError) or str(error).startswith("dataset "):
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(f"dataset {name!r} could not be made: {type(error).__name__}: {why}") from error
     if not isinstance(built, Dataset):
-        raise ValueError(f"dataset {function.__name__!r} must return a Dataset, got {type(built).__name__}")
+        raise ValueError(f"dataset {name!r} must return a Dataset, got {type(built).__name__}")
     return built
 
 

@@ -49,6 +49,8 @@ def build(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Modu
         built = function(shape, classes)
         if not isinstance(built, nn.Module):
             raise ValueError(f"model {name!r} must be a torch.nn.Module, got {type(built).__name__}")
+        if wrong := [tensor for tensor, values in built.named_parameters() if not values.isfinite().all()]:
+            raise ValueError(f"model {name!r} must begin with finite weights, {wrong[0]} holds NaN or infinity")
         _check_output(name, built, shape, classes)
     return built
 

@@ -52,6 +52,7 @@ def label_counts(labels: Tensor, shards: list[Tensor], classes: int) -> Tensor:
 
 
 def _check(dataset: Dataset, scheme: str, clients: int, alpha: float) -> None:
+    dataset.filled("train")
     most = len(dataset.train) // 2 if scheme == "shards" else len(dataset.train)
     if not 1 <= clients <= most:
         raise ValueError(

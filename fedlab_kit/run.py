@@ -24,6 +24,8 @@ from fedlab_kit.partition import partition
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire.privacy import epsilon
 
+FEW = 4  # clients that are told one by one
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StoredRun:
@@ -69,8 +71,9 @@ class StoredRun:
 
     @property
     def note(self) -> str:
-        """What the last round had to say, "" normally."""
-        return self.records[-1].note if self.records else ""
+        """What the last round had to say, and which clients never took part; "" normally."""
+        said = self.records[-1].note if self.records else ""
+        return "; ".join(filter(None, (said, absent(self.experiment, self.records))))
 
     @cached_property
     def uplink_bytes(self) -> int:
@@ -141,6 +144,11 @@ class Run(StoredRun):
         """The trained model on the CPU, in evaluation mode; it takes preprocessed inputs."""
         return self._module(None)
 
+    @property
+    def shards(self) -> list[Tensor]:
+        """Each client's indices into `dataset.train`."""
+        return self.task.shards
+
     def client_model(self, client: int) -> nn.Module:
         """Return a client's own model, likewise: the global one where normalization is shared."""
         if not 0 <= client < self.experiment.clients:
@@ -169,12 +177,23 @@ class Run(StoredRun):
         """Return accuracy, low and high (95 %) on the test split, which nothing else opens."""
         if self.experiment.normalization == "own":
             raise ValueError("normalization must be shared for one accuracy on the test split: each client has a model")
-        return self.task.evaluate(self.weights, self.dataset.test, self.state).accuracy()
+        return self.task.evaluate(self.weights, self.dataset.filled("test"), self.state).accuracy()
 
     def _module(self, client: int | None) -> nn.Module:
         with self.task.lock:
             self.task.model.load(*self.tensors(client))
             return deepcopy(self.task.model.module).cpu().eval()
+
+
+def absent(experiment: Experiment, records: Sequence[RoundRecord]) -> str:
+    """Say whose updates no round of a finished run used, never asked or in vain; "" if everybody's were used."""
+    took = {client for record in records for client in record.answered}
+    if status(experiment, records) != "finished" or not (missing := experiment.clients - len(took)):
+        return ""
+    if missing > FEW:
+        return f"{missing:,} of {experiment.clients:,} clients never took part"
+    *others, last = (str(client) for client in range(experiment.clients) if client not in took)
+    return f"clients {', '.join(others)} and {last} never took part" if others else f"client {last} never took part"
 
 
 def status(experiment: Experiment, records: Sequence[RoundRecord]) -> str:

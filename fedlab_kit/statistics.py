@@ -39,26 +39,44 @@ def auc_interval(auc: float, positives: int, negatives: int) -> tuple[float, flo
     return min(auc, float(low)), max(auc, float(high))
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval (low, high) of the mean of at least two values, by 1,000 bootstrap resamples."""
-    import numpy as np
-    from scipy.stats import bootstrap
+def mean_interval(values: np.ndarray, least: float, most: float) -> tuple[float, float]:
+    """Return the 95 % interval (low, high) of the mean of values [n], n >= 1, that lie between `least` and `most`.
 
-    rng = np.random.default_rng(0)
-    found = bootstrap((values,), np.mean, n_resamples=1000, method="percentile", rng=rng).confidence_interval
-    return float(found.low), float(found.high)
+    Student's, after one value more at either end of the range, as Agresti and Coull (1998) add successes and failures:
+    a few skewed values that happen to lie together no longer look certain. From ten values on it holds 95 %, where the
+    bootstrap's percentiles and Student's interval alone fall below 85 %; a test simulates it.
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    wide = np.append(values, (least, most))
+    half = stdtrit(len(wide) - 1, 0.975) * wide.std(ddof=1) / sqrt(len(wide))
+    low, high, mean = wide.mean() - half, wide.mean() + half, values.mean()
+    return max(least, float(min(low, mean))), min(most, float(max(high, mean)))
 
 
 def paired_loss(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float, float]:
     """Compare answers right (True) or wrong, bool [n], of two models on the same n >= 1 samples.
 
-    Returns the share that got lost, its 95 % interval (low, high; Agresti and Min 2005, half a sample in each of the
-    four cells), and McNemar's exact one-sided p against "nothing got lost".
+    Returns the share that got lost, its 95 % interval (low, high; Tango's score interval, 1998, which promises no more
+    where no or few answers changed), and McNemar's exact one-sided p against "nothing got lost".
     """
+    from scipy.optimize import brentq
     from scipy.stats import binomtest
 
     worse, better, total = int((before & ~after).sum()), int((~before & after).sum()), len(before)
     p = binomtest(worse, worse + better, alternative="greater").pvalue if worse + better else 1.0
-    middle = (worse - better) / (total + 2)
-    half = Z95 * sqrt((worse + better + 1) / (total + 2) - middle**2) / sqrt(total + 2)
-    return (worse - better) / total, max(-1.0, middle - half), min(1.0, middle + half), float(p)
+    share, edge = (worse - better) / total, 1e-9
+
+    def highest(lost: int, won: int) -> float:
+        """The largest share whose own spread, with the likeliest changes that give it, would still show this."""
+
+        def excess(share: float) -> float:
+            b = (2 * total - lost + won) * share - lost - won
+            changed = (sqrt(max(0.0, b**2 + 8 * total * won * share * (1 - share))) - b) / (2 * total)
+            return lost - won - total * share + Z95 * sqrt(max(0.0, total * (changed + share * (1 - share))))
+
+        start = (lost - won) / total + edge
+        return float(brentq(excess, start, 1)) if start < 1 and excess(1) < 0 else 1.0
+
+    return share, -highest(better, worse), highest(worse, better), float(p)

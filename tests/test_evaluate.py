@@ -55,11 +55,64 @@ def test_an_area_of_one_has_a_width_that_shrinks_with_patients():
     assert lows == sorted(lows) and lows[0] < 0.75 and lows[2] > 0.97
 
 
-def test_the_interval_of_a_mean_is_the_same_each_time_and_near_the_normal_one():
-    values = np.random.default_rng(2).normal(3, 2, 400)
-    low, high = mean_interval(values)
-    assert (low, high) == mean_interval(values)
-    assert (low, high) == pytest.approx((values.mean() - 0.196, values.mean() + 0.196), abs=0.03)
+def test_the_interval_of_a_mean_by_hand():
+    low, high = mean_interval(np.array([0.2, 0.4]), 0.0, 1.0)  # of 0.2, 0.4, 0 and 1: sd 0.43205, t(3) 3.18245
+    assert (low, high) == (0.0, pytest.approx(min(1.0, 0.4 + 3.18245 * 0.43205 / 2), abs=1e-4))
+    values = np.random.default_rng(2).normal(0, 0.2, 400).clip(-1, 1)
+    low, high = mean_interval(values, -1.0, 1.0)  # with many values it is the normal one
+    assert (low, high) == pytest.approx((values.mean() - 0.0196, values.mean() + 0.0196), abs=0.005)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30))
+def test_the_interval_of_a_mean_holds_it_and_stays_in_the_range(values):
+    low, high = mean_interval(np.array(values), -1.0, 1.0)
+    assert -1 <= low <= np.mean(values) + 1e-12 and np.mean(values) - 1e-12 <= high <= 1
+
+
+RISKS = {  # how risks are drawn, and the true chance that belongs to a risk
+    "even": (lambda rng, n: rng.beta(2, 2, n), lambda r: r),
+    "skewed": (lambda rng, n: rng.beta(1, 9, n), lambda r: r),
+    "very skewed": (lambda rng, n: rng.beta(0.2, 1.8, n), lambda r: r),
+    "sure": (lambda rng, n: np.where(rng.random(n) < 0.5, 0.02, 0.98), lambda r: np.where(r > 0.5, 0.97, 0.03)),
+    "too sure": (lambda rng, n: rng.beta(0.1, 0.1, n), lambda r: 0.1 + 0.8 * r),
+    "too low": (lambda rng, n: rng.beta(2, 5, n), lambda r: np.minimum(1, 1.7 * r)),
+}
+
+
+@pytest.mark.parametrize("patients", [10, 15, 30, 100])
+@pytest.mark.parametrize("name", RISKS)
+def test_the_intervals_of_brier_score_and_calibration_hold_what_they_promise(name, patients):
+    """The percentiles of the bootstrap held 83 % with 15 patients; without the two values Student's hold 36 %."""
+    draw, chance = RISKS[name]
+    rng = np.random.default_rng(5)
+    risk = draw(rng, 200_000)
+    truths = (chance(risk) * (1 - risk) ** 2 + (1 - chance(risk)) * risk**2).mean(), (risk - chance(risk)).mean()
+    held = np.zeros(2)
+    for _ in range(1000):
+        risk = draw(rng, patients)
+        sick = rng.random(patients) < chance(risk)
+        intervals = mean_interval((risk - sick) ** 2, 0.0, 1.0), mean_interval(risk - sick, -1.0, 1.0)
+        held += [low <= truth <= high for (low, high), truth in zip(intervals, truths, strict=True)]
+    assert (held >= 940).all(), held
+
+
+@pytest.mark.parametrize("patients", [10, 40, 200])
+@pytest.mark.parametrize("shares", [(0.05, 0.0), (0.02, 0.02), (0.1, 0.02), (0.3, 0.1), (0.5, 0.0)])
+def test_the_interval_of_a_paired_loss_holds_the_true_one_as_often_as_it_says(patients, shares):
+    """Half a sample in each cell held 87 % of the losses of 5 % among 40,. It shows when none of them is lost."""
+    counts = np.random.default_rng(6).multinomial(patients, [*shares, 1 - sum(shares)], 400)
+    cells, often = np.unique(counts, axis=0, return_counts=True)
+    held = 0
+    for (worse, better, same), times in zip(cells, often, strict=True):
+        before = np.repeat([True, False, True], [worse, better, same])
+        _, low, high, _ = paired_loss(before, np.repeat([False, True, True], [worse, better, same]))
+        held += times * (low <= shares[0] - shares[1] <= high)
+    assert held / 400 >= 0.93
+
+
+def test_the_interval_where_no_answer_changed_is_wilsons_of_none():
+    same = np.ones(40, bool)
+    assert paired_loss(same, same)[1:3] == pytest.approx((-wilson(0, 40)[1], wilson(0, 40)[1]))
 
 
 def test_paired_loss_by_hand():
@@ -147,8 +200,9 @@ def test_a_hospital_that_is_hurt_is_flagged_though_the_mean_is_better():
 def test_few_patients_are_unclear_rather_than_fine():
     y = load("clinics").validation.y.numpy()
     same = compare(stand_in(y), {"same": stand_in(y)}, of="sensitivity")
-    assert list(same.verdict[:3]) == ["unclear" if n < 60 else "fine" for n in same.patients[:2]] + ["not estimable"]
-    assert list(compare(stand_in(y), {"same": stand_in(y)}).verdict)[:3] == ["fine"] * 3
+    assert list(same.verdict[:3]) == ["unclear", "unclear", "not estimable"]
+    whole = compare(stand_in(y), {"same": stand_in(y)})  # of 40 patients who lose 5 % one in eight groups loses nobody
+    assert list(zip(whole.patients, whole.verdict, strict=True)) == [(40, "unclear")] * 3 + [(120, "fine")]
 
 
 def test_a_class_is_paired_by_itself():

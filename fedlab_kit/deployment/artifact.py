@@ -68,7 +68,8 @@ class Artifact:
 
     def test(self) -> tuple[float, tuple[float, float]]:
         """Open the test split: measure the file's accuracy on it, with its interval, and write both on the card."""
-        accuracy, interval = measure.accuracy(self.session, data.load(self.card["experiment"]["dataset"]).test)
+        test = data.load(self.card["experiment"]["dataset"]).filled("test")
+        accuracy, interval = measure.accuracy(self.session, test)
         self.card["test"] = {"accuracy": accuracy, "interval": list(interval)}
         _write_card(self.path, self.card)
         return accuracy, interval

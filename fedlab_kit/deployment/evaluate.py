@@ -63,8 +63,8 @@ def measure(risk: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     if not few["auc"]:
         auc = float(roc_auc_score(sick, risk))
         row |= _with_interval("auc", auc, auc_interval(auc, positive, negative))
-        row |= _with_interval("brier", float(brier_score_loss(sick, risk)), mean_interval((risk - sick) ** 2))
-        row |= _with_interval("calibration", float((risk - sick).mean()), mean_interval(risk - sick))
+        row |= _with_interval("brier", float(brier_score_loss(sick, risk)), mean_interval((risk - sick) ** 2, 0, 1))
+        row |= _with_interval("calibration", float((risk - sick).mean()), mean_interval(risk - sick, -1, 1))
     missing = [name for name in METRICS if few[name]]
     counts = f"({positive} positive, {negative} negative)"
     row["note"] = f"not estimable: {', '.join(missing)} {counts}" if missing else ""
@@ -140,7 +140,7 @@ def _groups(artifact: Artifact, split: str, dataset: Dataset | None = None) -> t
     known = dataset or data.load(artifact.card["experiment"]["dataset"])
     if len(known.classes) != 2:
         raise ValueError(f"dataset must have two classes to have positives, {known.name!r} has {len(known.classes)}")
-    part: Split = getattr(known, split)
+    part = known.filled(split)
     groups = {name: np.asarray(part.site == number) for number, name in enumerate(known.sites)}
     return part, groups | {EVERYONE: np.ones(len(part), bool)}
 

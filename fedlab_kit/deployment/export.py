@@ -39,11 +39,11 @@ class Deployed(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
+    def __init__(self, model: nn.Module, preprocess: Preprocess, axes: int) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", torch.tensor(preprocess.mean, dtype=torch.float32))
-        self.register_buffer("std", torch.tensor(preprocess.std, dtype=torch.float32))
+        for name, values in zip(("mean", "std"), preprocess.constants(axes), strict=True):
+            self.register_buffer(name, values)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw [n, ...] of any dtype -> logits [n, classes]."""
@@ -56,7 +56,7 @@ def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
     The batch size is free. The result is trusted only after onnxruntime has agreed with torch on `sample`.
     Raises ValueError for a model that cannot be exported.
     """
-    deployed = Deployed(copy.deepcopy(model).cpu(), preprocess).eval()
+    deployed = Deployed(copy.deepcopy(model).cpu(), preprocess, sample.ndim).eval()
     with torch.no_grad():
         expected = deployed(sample).numpy()
     for key in (_structure(deployed, sample, sizes=True), _structure(deployed, sample, sizes=False)):

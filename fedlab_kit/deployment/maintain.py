@@ -57,7 +57,7 @@ def better(new: Artifact, old: Artifact, dataset: str) -> tuple[bool, str]:
     from scipy.stats import permutation_test
 
     known = data.load(dataset)
-    part = known.validation
+    part = known.filled("validation")
     gain = log_loss(old, part) - log_loss(new, part)
     p = permutation_test((gain,), np.mean, permutation_type="samples", alternative="greater", rng=0).pvalue
     verdicts = compare(old, {"new": new}, dataset=known).set_index("site")["verdict"].drop(EVERYONE)

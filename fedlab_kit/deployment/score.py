@@ -95,6 +95,7 @@ def matrix(table: Any, wanted: Mapping[str, Any]) -> np.ndarray:
 def odd_rows(rows: np.ndarray, card: Mapping[str, Any]) -> dict[int, str]:
     """Say for each row that cannot be scored what is wrong: a missing value, or one that no patient has."""
     mean, std = (np.asarray(card["preprocess"][key], np.float64) for key in ("mean", "std"))
+    mean, std = (value.reshape(-1, *[1] * (rows.ndim - 2)) if value.ndim else value for value in (mean, std))
     with np.errstate(invalid="ignore"):
         odd = ~(np.abs((rows - mean) / std) <= FAR)
     names = card["input"].get("features") or [str(number) for number in range(int(np.prod(rows.shape[1:])))]

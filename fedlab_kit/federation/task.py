@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedlab_kit import catalog
 from fedlab_kit.compression.prune import plan_channels, prune_channels, prune_weights
 from fedlab_kit.compression.quantize import quantized
-from fedlab_kit.data import Dataset, Split, load
+from fedlab_kit.data import Dataset, Split, at_hand, load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat import FlatModel
 from fedlab_kit.models import build
@@ -197,7 +197,7 @@ def task(experiment: Experiment | Task, parents: Parents = NOBODY) -> Task:
 
 @lru_cache(maxsize=8)
 def _task(experiment: Experiment, parents: Parents, makers: object, thread: int) -> Task:
-    dataset, device = load(experiment.dataset), experiment.device
+    dataset, device = at_hand(experiment), experiment.device
     sample = dataset.preprocess(dataset.train.x[:8])
     model = FlatModel(_module(experiment, parents, dataset), sample, device)
     if model.state_layout.size and experiment.privacy != "off" and experiment.normalization == "shared":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isnan
+
 from fedlab_kit.clients import client_accuracy, client_names
 from fedlab_kit.data import load
 from fedlab_kit.experiment import Experiment
@@ -23,7 +25,8 @@ def labels_held(e: Experiment) -> str:
 
 
 def accuracy_of_each(e: Experiment, record: RoundRecord) -> str:
-    """Draw how well the model of a round serves each client."""
+    """Draw how well the model of a round serves each client; words alone where none can be measured."""
     mean, low, high = (values.tolist() for values in client_accuracy(e, record))
     names = client_names(e)
-    return to_html(clients.client_accuracy(mean, low, high, names), clients.describe_clients(mean, names))
+    words = clients.describe_clients(mean, names)
+    return words if all(map(isnan, mean)) else to_html(clients.client_accuracy(mean, low, high, names), words)

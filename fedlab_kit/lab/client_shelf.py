@@ -12,6 +12,7 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.lab.client_pictures import MOST, accuracy_of_each, labels_held
 from fedlab_kit.lab.controls import folded, is_open
+from fedlab_kit.run import absent
 
 
 class ClientShelf:
@@ -35,7 +36,9 @@ class ClientShelf:
             self._fared = (stage, len(records))
             self.accuracy.value = _note("No round yet.")
             if stage is not None and records:
-                self.accuracy.value = _drawn(stage, lambda e: accuracy_of_each(e, records[-1]))
+                never = absent(stage, records)
+                drawn = _drawn(stage, lambda e: accuracy_of_each(e, records[-1]))
+                self.accuracy.value = drawn + (_note(never) if never else "")
 
 
 def _drawn(e: Experiment, draw: Callable[[Experiment], str]) -> str:

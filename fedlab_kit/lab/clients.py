@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from fedlab_kit.lab.canvas import BLUE, GREY, VERMILLION, canvas, percent, whole_numbers
@@ -44,9 +45,12 @@ def label_counts(counts: Sequence[Sequence[int]], classes: Sequence[str], names:
 def client_accuracy(
     accuracy: Sequence[float], low: Sequence[float], high: Sequence[float], names: Sequence[str] = ()
 ) -> Figure:
-    """Draw each client's accuracy (0..1) with its interval, worst first, beside the mean over clients."""
+    """Draw each client's accuracy (0..1) with its interval, worst first, beside the mean over clients.
+
+    Clients whose accuracy is NaN are counted in the title; at least one must have another.
+    """
     names = names or [str(client) for client in range(len(accuracy))]
-    order = sorted(range(len(accuracy)), key=lambda client: accuracy[client])
+    order = _worst_first(accuracy)
     figure, axes = canvas(right=0.18)
     axes.set(ylabel="Accuracy on validation (%)", xlabel="Client, worst first", xlim=(-0.7, len(order) - 0.3))
     axes.locator_params(axis="y", integer=True)
@@ -60,18 +64,24 @@ def client_accuracy(
         axes.set_xticks(range(len(order)), [names[client] for client in order], fontsize=8 if len(order) > 12 else None)
     else:
         axes.set_xticks([])
-    _name_mean_and_worst(axes, 100 * sum(accuracy) / len(accuracy), 100 * accuracy[order[0]], names[order[0]])
+    if missing := len(accuracy) - len(order):
+        axes.set_title(
+            f"not estimable: {missing} of {len(accuracy)} clients", color=GREY, fontsize=8, loc="right", pad=0
+        )
+    mean = sum(accuracy[client] for client in order) / len(order)
+    _name_mean_and_worst(axes, 100 * mean, 100 * accuracy[order[0]], names[order[0]])
     return figure
 
 
 def describe_clients(accuracy: Sequence[float], names: Sequence[str] = ()) -> str:
     """Return what `client_accuracy` shows, in words, for those who cannot see it."""
-    worst = min(range(len(accuracy)), key=lambda client: accuracy[client])
-    mean = sum(accuracy) / len(accuracy)
-    name = names[worst] if names else worst
+    if not (order := _worst_first(accuracy)):
+        return f"Accuracy of {len(accuracy)} clients: not estimable, none of their classes was held out."
+    mean, worst = sum(accuracy[client] for client in order) / len(order), order[0]
+    missing = f" Not estimable: {len(accuracy) - len(order)} of them." if len(order) < len(accuracy) else ""
     return (
         f"Accuracy of each of {len(accuracy)} clients: mean {percent(mean)}, "
-        f"worst client {name} with {percent(accuracy[worst])}."
+        f"worst client {names[worst] if names else worst} with {percent(accuracy[worst])}.{missing}"
     )
 
 
@@ -83,6 +93,12 @@ def describe_labels(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> 
         f"Samples of {len(classes)} labels at {len(counts)} clients: a client holds {min(held)} to {max(held)} labels "
         f"and {min(sizes)} to {max(sizes)} samples."
     )
+
+
+def _worst_first(accuracy: Sequence[float]) -> list[int]:
+    """The clients that could be measured."""
+    measured = (client for client, value in enumerate(accuracy) if not isnan(value))
+    return sorted(measured, key=lambda client: accuracy[client])
 
 
 def _name_mean_and_worst(axes: Axes, mean: float, worst: float, name: str) -> None:

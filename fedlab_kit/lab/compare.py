@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from fedlab_kit.clients import client_names
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import html_table, human_bytes, percent, three
@@ -92,9 +94,13 @@ def _worst(run: StoredRun) -> str:
         (accuracy, low, high), names = run.client_accuracy(), client_names(experiment)
     except (ValueError, OSError):
         return "unknown: the data are not at hand"
-    worst = int(accuracy.argmin())
+    missing = int(np.isnan(accuracy).sum())
+    if missing == len(accuracy):
+        return "not estimable: none of their classes was held out"
+    worst = int(np.nanargmin(accuracy))
     interval = f"{percent(low[worst])} to {percent(high[worst])}"
-    return f"{names[worst] if names else worst}: {percent(accuracy[worst])} ({interval})"
+    others = f", {missing} not estimable" if missing else ""
+    return f"{names[worst] if names else worst}: {percent(accuracy[worst])} ({interval}){others}"
 
 
 def _value(value: object) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlab_kit.clients import client_mix
+from fedlab_kit.clients import client_mix, mean_over
 from fedlab_kit.data import Split
 from fedlab_kit.deployment import measure
 from fedlab_kit.deployment.artifact import LEVEL, Artifact, compress, load
@@ -83,7 +83,7 @@ def _figures(artifact: Artifact, room: Experiment) -> dict[str, Any]:
     """Measure a file: its sizes, and its answers on the room's test split."""
     import zstandard
 
-    content, test = artifact.path.read_bytes(), task(room).dataset.test
+    content, test = artifact.path.read_bytes(), task(room).dataset.filled("test")
     right = measure.logits(artifact.session, test.x).argmax(1) == test.y.numpy()
     low, high = wilson(int(right.sum()), len(right))
     return {
@@ -100,12 +100,14 @@ def worst_client(room: Experiment, right: np.ndarray) -> float:
     """Return the accuracy of the room's worst client from what was right [n] on the test split.
 
     A site is measured on its own samples; other clients by the accuracy per class, weighted by their own label mix.
+    Who cannot be measured, see `client_accuracy`, is passed over; NaN when nobody can.
     """
     job = task(room)
     seen = strata(room, job.dataset.test).numpy()
     total = np.bincount(seen, minlength=1 + int(strata(room, job.dataset.train).max()))
-    rate = np.bincount(seen, weights=right, minlength=len(total)) / np.maximum(total, 1)
-    return float((client_mix(room, len(total)) @ rate).min())
+    correct = np.bincount(seen, weights=right, minlength=len(total))
+    each, _ = mean_over(client_mix(room, len(total)), correct, total)
+    return float(np.fmin.reduce(each))
 
 
 def _false_claim(card: Mapping[str, Any], row: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ def outcome(run: Run) -> str:
         return f"Stopped after round {rounds} of {asked} at {reached}. Run {again}."
     else:
         said = f"Finished: {reached} after {rounds} rounds in {seconds}."
+        said += f" {run.note[0].upper()}{run.note[1:]}." if run.note else ""
     if run.from_store:
         said += (
             f" Answered from the store, {origin(True, run.measured)}. New seed repeats it with other random choices."

@@ -55,11 +55,11 @@ class Codec:
         return False
 
     def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
-        """Pack a finite float32 vector [P]; every random choice is drawn from `rng`."""
+        """Pack a finite float32 vector [P] into `bytes`; every random choice is drawn from `rng`."""
         raise NotImplementedError
 
     def decode(self, body: bytes, size: int) -> Tensor:
-        """Unpack a float32 vector [size]; PayloadError when `body` is not what `encode` writes for it."""
+        """Unpack a finite float32 tensor [size]; PayloadError when `body` is not what `encode` writes for it."""
         raise NotImplementedError
 
     def bound(self, vector: Tensor) -> Tensor:
@@ -75,10 +75,12 @@ def codec(name: str, *, id: int | None = None) -> Callable[[AnyCodec], AnyCodec]
     """Register the class below under a name: `@codec("mine")`. Registering the name again replaces it.
 
     `id` is the byte that marks its payloads; it is derived from the name unless given. The name of a built-in
-    codec raises ValueError.
+    codec and what is no subclass of `Codec` raise ValueError.
     """
 
     def register(cls: AnyCodec) -> AnyCodec:
+        if not (isinstance(cls, type) and issubclass(cls, Codec)):
+            raise ValueError(f"codec {name!r} must be a subclass of fk.Codec, got {cls!r}")
         if id is None and name in CODECS and CODECS[name].id < OWN_IDS:
             raise ValueError(f"codec {name!r} is built in and cannot be replaced: choose another name")
         cls.name = name
@@ -93,4 +95,7 @@ def make(name: str, **settings: Any) -> Codec:
     """The codec of a name with the settings of `Codec`; ValueError names the field, the value and what is allowed."""
     if name not in CODECS:
         raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {name!r}")
-    return CODECS[name](**settings)
+    try:
+        return CODECS[name](**settings)
+    except TypeError as error:
+        raise ValueError(f"codec {name!r} must take the settings of fk.Codec: {error}") from error

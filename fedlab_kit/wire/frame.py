@@ -12,8 +12,11 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 from zlib_ng.zlib_ng import crc32
+
+from fedlab_kit.catalog import is_built_in
 
 from .codec import Codec
 from .steps import NotFinite, PayloadError, finite
@@ -24,13 +27,17 @@ ZSTD = 1  # flag: the body went through zstd
 
 
 def pack(codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator, zstd: bool = False) -> bytes:
-    """One frame with a float32 vector [P] and the number of samples behind it; ValueError if not finite.
+    """One frame with a float32 vector [P] and the number of samples behind it; NotFinite if it is not finite.
 
-    `zstd` compresses the body where that makes it shorter.
+    `zstd` compresses the body where that makes it shorter. A codec that is not built in reads its own body back:
+    ValueError names it and the method when that does not work, which is no fault of the payload or of the training.
     """
     if not finite(vector):
         raise NotFinite("the update holds NaN or infinity: lower the learning rate")
-    return _frame(codec, codec.encode(vector, rng), samples, zstd)
+    body = _encoded(codec, vector, rng)
+    if not is_built_in(type(codec)):
+        _read_back(codec, body, vector.numel())
+    return _frame(codec, body, samples, zstd)
 
 
 def unpack(payload: bytes, codec: Codec, *, size: int) -> tuple[int, list[Tensor]]:
@@ -74,13 +81,57 @@ def compensate(
 ) -> tuple[bytes, Tensor]:
     """Error feedback: send update + residual, keep what the codec lost (Karimireddy et al. 2019).
 
-    Returns (payload, new residual [P]). The residual belongs to one sender and is kept by client id.
+    Returns (payload, new residual [P]). The residual belongs to one sender and is kept by client id. Errors: `pack`'s.
     """
     wanted = update + residual
     if not finite(wanted):
         raise NotFinite("the update holds NaN or infinity: lower the learning rate")
-    body = codec.encode(wanted, rng)
-    return _frame(codec, body, samples, zstd), wanted - codec.decode(body, wanted.numel())
+    body = _encoded(codec, wanted, rng)
+    return _frame(codec, body, samples, zstd), wanted - _read_back(codec, body, wanted.numel())
+
+
+def _encoded(codec: Codec, vector: Tensor, rng: np.random.Generator) -> bytes:
+    """What a codec makes of a vector. ValueError, naming codec and method, unless it is a body that may be sent."""
+    if is_built_in(type(codec)):
+        return codec.encode(vector, rng)
+    size, limit = vector.numel(), codec.limit(vector.numel())
+    try:
+        body = codec.encode(vector.clone(), rng)  # it may write into its argument
+    except Exception as error:
+        raise ValueError(f"codec {codec.name!r}: encode raised {type(error).__name__}: {error}") from error
+    if not isinstance(body, bytes):
+        raise ValueError(f"codec {codec.name!r}: encode must give bytes, got {type(body).__name__}")
+    if len(body) > limit:
+        raise ValueError(f"codec {codec.name!r}: encode gave {len(body)} bytes for {size} numbers, limit says {limit}")
+    return body
+
+
+def _read_back(codec: Codec, body: bytes, size: int) -> Tensor:
+    """What a codec makes of its own body. ValueError, naming codec and method, unless it is a vector [size]."""
+    try:
+        vector = codec.decode(body, size)
+    except Exception as error:
+        said = f"decode raised {type(error).__name__} on what encode gave: {error}"
+        raise ValueError(f"codec {codec.name!r}: {said}") from error
+    _check_kind(codec, vector, size)
+    if vector.shape != (size,):
+        raise ValueError(f"codec {codec.name!r}: decode must give a float32 tensor [{size}], got {list(vector.shape)}")
+    if not finite(vector):
+        raise ValueError(f"codec {codec.name!r}: decode gave NaN or infinity for an update that holds neither")
+    return vector
+
+
+def _check_kind(codec: Codec, vector: object, size: int) -> None:
+    """Raise ValueError for what no damage to a payload explains: not a plain float32 tensor on the CPU."""
+    if not isinstance(vector, Tensor):
+        found = type(vector).__name__
+    elif vector.dtype != torch.float32 or vector.device.type != "cpu":
+        found = f"{vector.dtype} on {vector.device}"
+    elif vector.layout != torch.strided or vector.requires_grad:
+        found = "one that is sparse or requires a gradient"
+    else:
+        return
+    raise ValueError(f"codec {codec.name!r}: decode must give a float32 tensor [{size}] on the CPU, got {found}")
 
 
 def _frame(codec: Codec, body: bytes, samples: int, zstd: bool) -> bytes:
@@ -97,7 +148,13 @@ def _frame(codec: Codec, body: bytes, samples: int, zstd: bool) -> bytes:
 def _read(payload: bytes, start: int, codec: Codec, size: int) -> tuple[Tensor, int, int]:
     """The vector of the frame at `start`, its samples, and where the next frame begins."""
     body, samples, end = _body(payload, start, codec, size)
-    vector = codec.decode(body, size)
+    try:
+        vector = codec.decode(body, size)
+    except Exception as error:
+        if is_built_in(type(codec)) or isinstance(error, PayloadError):
+            raise
+        raise PayloadError(f"codec {codec.name!r} cannot read it: {error}") from error
+    _check_kind(codec, vector, size)
     if vector.shape != (size,) or not finite(vector):
         raise PayloadError("the payload holds NaN or infinity, or too few numbers")
     return vector, samples, end
