@@ -66,8 +66,8 @@ class Hospital:
 class Moments:
     """What a hospital tells about its features so that all can normalize alike: a count, sums and sums of squares [d].
 
-    Nothing about one patient can be read from them unless there are very few. They add up: the moments of all
-    hospitals together are those of the pooled table, which nobody ever holds.
+    Two releases that differ by one patient give exactly that patient, so they are no privacy by themselves. They add
+    up: the moments of all hospitals together are those of the pooled table, which nobody ever holds.
     """
 
     count: int

@@ -190,6 +190,8 @@ class Experiment(Settings):
             raise ValueError(f"strategy must be a plain mean for client-level privacy, got {self.strategy!r}")
         if self.privacy == "record" and (self.teacher is not None or self.qat != "off"):
             raise ValueError("privacy must be off or client together with a teacher or qat, got 'record'")
+        if self.privacy != "off" and self.mask_ratio and self.mask_schedule == "dynamic":
+            raise ValueError("mask_schedule must not be dynamic with privacy: it sends raw gradients, got 'dynamic'")
         if self.devices == "sliced" and self.strategy in ("scaffold", "feddf", "median"):
             raise ValueError(f"strategy must be a mean of updates for sliced devices, got {self.strategy!r}")
         pruned = self.start_recipe is not None and self.start_recipe.prune == "weight"

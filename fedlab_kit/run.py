@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from fedlab_kit.clients import client_accuracy
+from fedlab_kit.clients import client_accuracy, client_names
 from fedlab_kit.data import Dataset, load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat import FlatModel
 from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import answering, select
 from fedlab_kit.federation.task import Task
 from fedlab_kit.partition import partition
 from fedlab_kit.store import RunFolder
-from fedlab_kit.wire.privacy import epsilon
+from fedlab_kit.wire.privacy import Privacy, Releases, outside, spent
 
 FEW = 4  # clients that are told one by one
 
@@ -98,30 +99,32 @@ class StoredRun:
     @property
     def shards(self) -> list[Tensor]:
         """Each client's indices into `dataset.train`."""
-        e = self.experiment
-        return partition(self.dataset, e.partition, e.clients, e.alpha, e.seed)
+        return _shards(self.experiment)
 
     def client_accuracy(self, record: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return accuracy, low and high (95 %) per client, each [clients], after one of the rounds."""
         return client_accuracy(self.experiment, self.records[record])
 
     def epsilon(self, delta: float = 1e-5) -> float:
-        """Return what privacy was spent at `delta`, by opacus's accountant; infinite when `privacy` is off.
+        """Return what privacy was spent at `delta`, see `privacy`; infinite when `privacy` is off."""
+        return self.privacy(delta).epsilon
 
-        At client level for every client; at record level for the samples of the client that fared worst.
+    def privacy(self, delta: float | None = None) -> Privacy:
+        """Return what privacy was spent, on the client (at record level: the training sample) that fared worst.
+
+        All sums that left count, used or not, those of a round under way and of the runs that this one starts or
+        learns from included. `delta` is 1e-5 unless given, less where that is too much: ValueError at 1 / population.
         """
         e = self.experiment
-        if e.privacy == "client":
-            return epsilon(e.noise_multiplier, e.clients_per_round / e.clients, len(self.records), delta)
-        if e.privacy == "off":
-            return float("inf")
-        asked = Counter(client for record in self.records for client in record.answered)
-        spent = [0.0]
-        for client, rounds in asked.items():
-            size = len(self.shards[client])
-            rate, steps = min(1.0, e.batch_size / size), -(-size // e.batch_size) * e.local_epochs * rounds
-            spent.append(epsilon(e.noise_multiplier, rate, steps, delta))
-        return max(spent)
+        population, unit = (e.clients, "clients") if e.privacy == "client" else (len(self.dataset.train), "samples")
+        delta = min(1e-5, 0.1 / population) if delta is None else delta
+        if not 0 < delta < 1 / population:
+            raise ValueError(f"delta must be above 0 and below 1 / {population} (one over the {unit}), got {delta}")
+        ledgers, why = _ledgers(e, len(self.records) + (self.status == "stopped"))
+        worst = float("inf") if why else max((spent(ledger, delta) for ledger in ledgers), default=0.0)
+        if worst == float("inf") and not why:
+            why = f"noise_multiplier {min(noise for ledger in ledgers for noise, *_ in ledger):g} hides nothing"
+        return Privacy(e.privacy, worst, delta, why, outside(e))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -201,3 +204,53 @@ def status(experiment: Experiment, records: Sequence[RoundRecord]) -> str:
     if records and records[-1].diverged:
         return "diverged"
     return "finished" if len(records) >= experiment.rounds else "stopped"
+
+
+def _shards(experiment: Experiment) -> list[Tensor]:
+    e = experiment
+    return partition(load(e.dataset), e.partition, e.clients, e.alpha, e.seed)
+
+
+def _ledgers(experiment: Experiment, rounds: int) -> tuple[Collection[tuple[Releases, ...]], str]:
+    """Return what was released about each client or sample, equal lists once; or () and why nothing bounds it."""
+    level, parents = experiment.privacy, _ancestors(experiment)
+    if level == "off":
+        return (), "privacy is off"
+    mine = _releases(experiment, rounds)
+    if not parents:
+        return {(releases,) for releases in mine}, ""
+    held, past = _held(experiment, level), defaultdict[object, tuple[Releases, ...]](tuple)
+    for parent in parents:
+        theirs, name = _held(parent, level), f"{parent.model} on {parent.dataset}, which it builds on,"
+        shared = {samples for samples in held if samples & frozenset().union(*theirs)}
+        if shared and parent.privacy != level:
+            how = "without privacy" if parent.privacy == "off" else f"with {parent.privacy}-level privacy"
+            return (), f"{name} saw the same samples {how}"
+        if level == "client" and not shared <= set(theirs):
+            return (), f"{name} dealt the same samples to other clients"
+        for samples, releases in zip(theirs, _releases(parent, parent.rounds), strict=True):
+            for sample in samples:
+                past[sample] += (releases,)
+    return {(own, *past[one]) for samples, own in zip(held, mine, strict=True) for one in samples}, ""
+
+
+def _ancestors(experiment: Experiment) -> list[Experiment]:
+    return [*dict.fromkeys(one for parent in experiment.parents for one in (parent, *_ancestors(parent)))]
+
+
+def _held(experiment: Experiment, level: str) -> list[frozenset[object]]:
+    """Return each client's samples, known by their raw values in any data set; at client level also a site's name."""
+    x, names = load(experiment.dataset).train.x, client_names(experiment) if level == "client" else ()
+    rows = [(x[shard].flatten(1).float() + 0.0).numpy() for shard in _shards(experiment)]  # + 0.0: no -0.0
+    return [frozenset([*(hash(row.tobytes()) for row in held), *names[c : c + 1]]) for c, held in enumerate(rows)]
+
+
+def _releases(experiment: Experiment, rounds: int) -> list[Releases]:
+    """Return what each client released in so many rounds: whoever does not drop out sends, used or not."""
+    e = experiment
+    if e.privacy == "client":
+        return [(e.noise_multiplier, e.clients_per_round / e.clients, rounds)] * e.clients
+    sent = Counter(client for round in range(1, rounds + 1) for client in answering(e, round, select(e, round)))
+    sizes = [len(shard) for shard in _shards(e)]
+    steps = [-(-size // e.batch_size) * e.local_epochs * sent[client] for client, size in enumerate(sizes)]
+    return [(e.noise_multiplier, min(1.0, e.batch_size / n), many) for n, many in zip(sizes, steps, strict=True)]

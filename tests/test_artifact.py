@@ -42,7 +42,7 @@ def run() -> fk.Run:
 
 def stand_in(run: fk.Run, model: nn.Module) -> Any:
     """A run with another model."""
-    names = ("experiment", "dataset", "shards", "records", "uplink_bytes", "downlink_bytes")
+    names = ("experiment", "dataset", "shards", "records", "uplink_bytes", "downlink_bytes", "privacy")
     same = {name: getattr(run, name) for name in names}
     return SimpleNamespace(model=model.eval(), key="0" * 20, path=None, **same)
 

@@ -1,5 +1,7 @@
 """Differential privacy and secure aggregation: lengths, noise, epsilon against known values, masks that cancel."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,12 @@ import torch.nn.functional as F
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus import GradSampleModule
+from opacus.accountants import RDPAccountant
 from torch import Tensor, nn
 
 from fedlab_kit.wire import CODECS, make
-from fedlab_kit.wire.privacy import clip, epsilon, gaussian, noisy_mean, poisson_sample, private_gradient
+from fedlab_kit.wire.privacy import clip, epsilon, gaussian, noisy_mean, poisson_sample, private_gradient, spent
 from fedlab_kit.wire.secure import COMPATIBLE, from_grid, mask, to_grid
 
 
@@ -88,6 +92,18 @@ def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise() -> None:
     assert epsilon(0.0, 0.01, 0, 1e-5) == 0
 
 
+def test_releases_of_all_kinds_are_composed_before_they_are_converted() -> None:
+    ledger, accountant = [(1.0, 0.3, 4), (2.0, 1.0, 3), (1.0, 0.3, 2), (0.8, 0.01, 50), (0.0, 0.5, 0)], RDPAccountant()
+    for sigma, rate, steps in ledger:
+        for _ in range(steps):
+            accountant.step(noise_multiplier=sigma, sample_rate=rate)
+    together = spent(ledger, 1e-5)
+    assert together == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
+    assert together < sum(spent([one], 1e-5) for one in ledger)
+    assert spent([*ledger, (0.0, 0.5, 1)], 1e-5) == float("inf")
+    assert spent([], 1e-5) == 0 and spent([(100.0, 0.001, 1)], 1e-1) >= 0
+
+
 def test_epsilon_agrees_with_an_independent_accountant() -> None:
     from opacus.accountants import PRVAccountant
 
@@ -140,8 +156,75 @@ def test_an_empty_batch_is_noise_alone() -> None:
 
 def test_a_layer_that_mixes_samples_is_refused() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(6, 3), nn.BatchNorm1d(3))
-    with pytest.raises(ValueError, match="BatchNorm"):
+    with pytest.raises(ValueError, match="without BatchNorm, got layer '2'"):
         private_gradient(net, *batch(), norm=1.0, noise_multiplier=1.0, expected=8, rng=rng())
+
+
+class Shared(nn.Module):
+    """A frozen layer, a weight that two layers share, and a head that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.unused, self.head = nn.Linear(4, 9), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(self.frozen(x.flatten(1)))))))
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2)),
+        nn.Conv2d(1, 4, 2, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48, 3),
+    )
+
+
+@pytest.mark.parametrize("norm", [0.05, 0.5, 1e6])
+@pytest.mark.parametrize("make_net", [model, convolutions, Shared])
+def test_it_clips_what_opacus_calls_the_gradient_of_a_sample(make_net: Callable[[], nn.Module], norm: float) -> None:
+    torch.manual_seed(1)
+    net, (x, y) = make_net(), batch(12)
+    ours = private_gradient(net, x, y, norm=norm, noise_multiplier=0.0, expected=5, rng=rng())
+    trained = [p for p in net.parameters() if p.requires_grad]
+    watched = GradSampleModule(net, loss_reduction="sum", strict=False)
+    F.cross_entropy(watched(x.requires_grad_()), y, reduction="sum").backward()
+    rows = [
+        torch.zeros(12, p.numel()) if getattr(p, "grad_sample", None) is None else p.grad_sample.reshape(12, -1)
+        for p in trained
+    ]
+    each = torch.cat(rows, 1).detach()
+    factor = (norm / each.norm(dim=1)).clamp(max=1)
+    assert norm == 0.5 or (factor < 1).all() or (factor == 1).all()
+    torch.testing.assert_close(ours, (factor[:, None] * each).sum(0) / 5, rtol=1e-4, atol=1e-7)
+
+
+def test_noise_goes_to_what_is_trained_once_and_nowhere_else() -> None:
+    net, (x, y) = Shared(), batch()
+    size = 4 * 4 + 4 + 4 + 4 * 9 + 9 + 4 * 3 + 3  # first with its weight, second's bias, unused, head; not frozen
+    assert len(private_gradient(net, x, y, norm=1.0, noise_multiplier=1.0, expected=8, rng=rng())) == size
+    draws = [private_gradient(net, x[:0], y[:0], 0.5, 3.0, 4.0, rng(seed)) for seed in range(400)]
+    spread = torch.stack(draws).std(0)
+    assert spread.shape == (size,) and (spread / (3.0 * 0.5 / 4.0) - 1).abs().max() < 0.2
+    assert torch.stack(draws).std() == pytest.approx(3.0 * 0.5 / 4.0, rel=0.01)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e18, 1e38, float("inf"), float("nan")])
+def test_no_sample_and_no_client_moves_the_result_by_more_than_its_share(scale: float) -> None:
+    """However large one is, the sum moves by the norm at most, over a number that does not depend on who came."""
+    net, (x, y) = model(), batch()
+    x[0] *= scale
+    sums = [private_gradient(net, x[k:], y[k:], 0.1, 1.0, 4.0, rng(5)) for k in (0, 1)]
+    assert (sums[0] - sums[1]).norm() <= 0.1 / 4 * (1 + 1e-4)
+    if np.isfinite(scale):
+        update = scale * noise(500)
+        means = [noisy_mean(u, 0.1, 1.0, 4.0, rng(5), 500) for u in ([update], [])]
+        assert (means[0] - means[1]).norm() <= 0.1 / 4 * (1 + 1e-4)
 
 
 # --- secure aggregation ---
@@ -151,7 +234,7 @@ COHORT = [2, 3, 7, 11]
 
 
 def masked_sum(words: list[np.ndarray], cohort: list[int] = COHORT) -> np.ndarray:
-    sent = [mask(w, client, cohort, b"secret") for w, client in zip(words, cohort, strict=True)]
+    sent = [mask(w, client, cohort, 1, b"secret") for w, client in zip(words, cohort, strict=True)]
     return np.add.reduce(sent, dtype=np.uint32)
 
 
@@ -164,11 +247,22 @@ def test_masks_cancel_exactly_in_the_sum(cohort: list[int], seed: int) -> None:
 
 def test_a_masked_payload_looks_random_and_a_missing_one_leaves_noise() -> None:
     words = [np.zeros(20_000, np.uint32)] * 4
-    sent = [mask(w, client, COHORT, b"secret") for w, client in zip(words, COHORT, strict=True)]
+    sent = [mask(w, client, COHORT, 1, b"secret") for w, client in zip(words, COHORT, strict=True)]
     bits = np.unpackbits(sent[0].view(np.uint8))
     assert bits.mean() == pytest.approx(0.5, abs=0.005)
     assert not np.add.reduce(sent, dtype=np.uint32).any()
     assert np.count_nonzero(np.add.reduce(sent[1:], dtype=np.uint32)) > 19_900
+
+
+def test_two_rounds_under_one_secret_do_not_tell_their_difference() -> None:
+    """The same masks twice would be a two-time pad: who subtracts the messages reads the difference of the words."""
+    first, second = (rng(seed).integers(2**32, size=5_000, dtype=np.uint32) for seed in (1, 2))
+    sent = [mask(words, 2, COHORT, round, b"secret") for round, words in ((1, first), (2, second))]
+    assert np.count_nonzero((sent[1] - sent[0]) == (second - first)) < 5
+    assert np.array_equal(sent[0], mask(first, 2, COHORT, 1, b"secret"))
+    for round in (2, 3):
+        total = sum(mask(first, client, COHORT, round, b"secret") for client in COHORT)
+        assert np.array_equal(total, np.uint32(len(COHORT)) * first)
 
 
 def test_a_shared_grid_works() -> None:
@@ -218,7 +312,7 @@ def test_float_masks_do_not_cancel(name: str, dtype: torch.dtype) -> None:
 
 
 def test_there_is_nothing_to_compress_in_masked_words() -> None:
-    words = mask(np.zeros(5_000, np.uint32), 2, COHORT, b"secret").tobytes()
+    words = mask(np.zeros(5_000, np.uint32), 2, COHORT, 1, b"secret").tobytes()
     assert not COMPATIBLE["zstd"].works
     assert len(zstandard.compress(words)) >= len(words)
 

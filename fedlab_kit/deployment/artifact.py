@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedlab_kit.files import StoreError, write_bytes
 from fedlab_kit.models import flops
 from fedlab_kit.run import Run
 from fedlab_kit.store import when_and_where
+from fedlab_kit.wire.privacy import outside
 
 LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
 SAMPLES = 8  # on which torch and the exported graph must agree
@@ -166,6 +167,7 @@ def _origin(run: Run, recipe: Recipe) -> dict[str, Any]:
             "uplink_bytes": run.uplink_bytes,
             "downlink_bytes": run.downlink_bytes,
         },
+        "privacy": _privacy(run, recipe),
         "preprocess": run.dataset.preprocess.to_dict(),
         "input": {
             "name": "x",
@@ -177,6 +179,13 @@ def _origin(run: Run, recipe: Recipe) -> dict[str, Any]:
         "accuracy_batch": measure.WHOLE,
         "output": {"name": "logits", "shape": [len(run.dataset.classes)]},
     }
+
+
+def _privacy(run: Run, recipe: Recipe) -> dict[str, Any]:
+    """What the privacy of its training is worth, and what is outside it; an infinite epsilon is None, with why."""
+    worth = run.privacy()
+    epsilon = None if worth.why else worth.epsilon
+    return {**asdict(worth), "epsilon": epsilon, "outside": list(outside(run.experiment, recipe))}
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fedlab_kit.lab import plots
 from fedlab_kit.lab.canvas import human_bytes, human_ms, percent, with_interval
 from fedlab_kit.lab.client_pictures import MOST, accuracy_of_each, labels_held
 from fedlab_kit.run import StoredRun
+from fedlab_kit.wire.privacy import outside
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -50,6 +52,9 @@ def measured(artifact: Artifact, run: StoredRun) -> dict[str, str]:
     """Say what the artifact's file and its run measured, with units."""
     test, about = artifact.card["test"], run.measured
     note = {"Note": artifact.note} if artifact.note else {}
+    if run.experiment.privacy != "off":
+        recipe = Recipe(**artifact.card["recipe"])
+        note["Privacy"] = str(replace(run.privacy(), outside=outside(run.experiment, recipe)))
     return {
         "Accuracy on test": with_interval(test["accuracy"], *test["interval"]),
         "Accuracy on validation": with_interval(artifact.accuracy, *artifact.interval),

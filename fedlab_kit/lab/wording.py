@@ -17,18 +17,19 @@ def complaint(error: Exception) -> str:
 
 
 def outcome(run: Run) -> str:
-    """Say how a run ended, what it reached, and when and where that was measured."""
+    """Say how a run ended, what it reached, when and where that was measured, and what its privacy is worth."""
     rounds, asked = len(run.records), run.experiment.rounds
     if not rounds:
         return "Stopped before the first round ended. Run starts again."
     reached = with_interval(run.accuracy, *run.interval)
     seconds = f"{run.measured['seconds']:.1f} s"
+    worth = "" if run.experiment.privacy == "off" else f" Privacy: {run.privacy()}."
     if run.status == "diverged":
         reason = run.note or "the loss is no longer a number"
         said = f"Diverged in round {rounds} of {asked}: {reason}. Try a smaller learning rate."
     elif run.status == "stopped":
         again = "starts again" if run.unstored else "goes on from there"
-        return f"Stopped after round {rounds} of {asked} at {reached}. Run {again}."
+        return f"Stopped after round {rounds} of {asked} at {reached}.{worth} Run {again}."
     else:
         said = f"Finished: {reached} after {rounds} rounds in {seconds}."
         said += f" {run.note[0].upper()}{run.note[1:]}." if run.note else ""
@@ -36,7 +37,7 @@ def outcome(run: Run) -> str:
         said += (
             f" Answered from the store, {origin(True, run.measured)}. New seed repeats it with other random choices."
         )
-    return said
+    return said + worth
 
 
 def role(experiment: Experiment, asked: Experiment | None) -> str:

@@ -8,19 +8,87 @@ populations of 1,000 clients and more.
 Record level (Abadi et al. 2016): each client clips and noises the gradients of its own samples, so that nobody else
 need be trusted with them. It suits a few large sites.
 
-Epsilon counts only if cohorts (or batches) are drawn by Poisson sampling. The noise is made of floating-point numbers,
-which is right for teaching and not for a release (Mironov 2012).
+Epsilon counts only if cohorts (or batches) are drawn by Poisson sampling. Noise and draws follow from the experiment's
+seed, so whoever knows it can take them back, and the noise is made of floating-point numbers (Mironov 2012): that is
+right for teaching and not for a release.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from fedlab_kit.data import load
+from fedlab_kit.experiment import Experiment, Recipe
+
+NOISED, DERIVED, TRUSTED = "clipped and noised", "made of noised values alone", "seen by the trusted server alone"
+REFUSED, OUTSIDE = "refused", "outside epsilon"
+
+
+class Leaving(NamedTuple):
+    """A kind of number that leaves a client: when, what becomes of it at client and at record level, its own frame?"""
+
+    name: str
+    when: Callable[[Experiment, Recipe], bool]
+    client: str
+    record: str
+    frame: bool = False
+
+
+LEAVES: tuple[Leaving, ...] = (
+    Leaving("update", lambda e, r: True, NOISED, NOISED, frame=True),
+    Leaving("control change", lambda e, r: e.strategy == "scaffold", REFUSED, DERIVED, frame=True),
+    Leaving(
+        "gradient to grow by", lambda e, r: e.mask_ratio > 0 and e.mask_schedule == "dynamic", REFUSED, REFUSED, True
+    ),
+    Leaving("running statistics", lambda e, r: e.privacy == "off", REFUSED, REFUSED),
+    Leaving("sample counts", lambda e, r: True, TRUSTED, OUTSIDE),  # in the header of every frame
+    Leaving("shard sizes", lambda e, r: True, OUTSIDE, OUTSIDE),
+    Leaving("label counts", lambda e, r: True, OUTSIDE, OUTSIDE),
+    Leaving("payload lengths", lambda e, r: True, OUTSIDE, DERIVED),
+    Leaving("who answered", lambda e, r: True, OUTSIDE, OUTSIDE),
+    Leaving("validation hits and losses", lambda e, r: True, OUTSIDE, OUTSIDE),
+    Leaving("normalization constants", lambda e, r: True, OUTSIDE, OUTSIDE),
+    Leaving("sites' sums and squares", lambda e, r: bool(load(e.dataset).sites), OUTSIDE, OUTSIDE),
+    Leaving("calibration ranges", lambda e, r: (r.dtype, r.quantization) == ("int8", "static"), OUTSIDE, OUTSIDE),
+    Leaving("local baselines", lambda e, r: e.partition == "site", OUTSIDE, OUTSIDE),
+    Leaving("public samples", lambda e, r: e.strategy == "feddf", REFUSED, OUTSIDE),
+    Leaving("the choice among runs", lambda e, r: True, OUTSIDE, OUTSIDE),
+    Leaving("the seed of noise and cohorts", lambda e, r: True, OUTSIDE, OUTSIDE),
+)
+"""Every number that leaves a client, or is made of its samples where all can see it, under some settings."""
+
+
+def outside(experiment: Experiment, recipe: Recipe | None = None) -> tuple[str, ...]:
+    """Name what comes from the same samples and is not in epsilon; () where privacy is off, for nothing is in it."""
+    level, r = experiment.privacy, recipe or Recipe()
+    return tuple(one.name for one in LEAVES if getattr(one, level, "") == OUTSIDE and one.when(experiment, r))
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What a run's privacy is worth: `level` off, client or record, `epsilon` at `delta`; `outside` as in `outside`.
+
+    `why` says why epsilon is infinite, "" where it is not.
+    """
+
+    level: str
+    epsilon: float
+    delta: float
+    why: str
+    outside: tuple[str, ...]
+
+    def __str__(self) -> str:
+        worth = f"infinite ({self.why})" if self.why else f"{self.epsilon:.1f} at delta {self.delta:g}"
+        return f"{self.level}-level epsilon {worth}; outside it: {', '.join(self.outside)}"
 
 
 def clip(update: Tensor, norm: float) -> Tensor:
@@ -63,17 +131,22 @@ def private_gradient(
 ) -> Tensor:
     """The gradient of DP-SGD [T], parameters in the module's order: clipped sample by sample, noised, over `expected`.
 
+    T counts what is trained: a frozen parameter has no place, a shared one has one, an unused one gets noise alone.
     `x` [n, ...] and `y` [n] are a Poisson batch, n = 0 included; `expected` is the mean batch size. A layer that mixes
-    the samples of a batch, such as BatchNorm, raises ValueError. One sample at a time is slow and simple; nothing of
-    `torch.func` is used because its first call imports the compiler, which takes seconds.
+    the samples of a batch, such as BatchNorm, raises ValueError; a gradient that is not finite counts as zero. One
+    sample at a time is slow and simple; nothing of `torch.func` is used: its first call imports the compiler, which
+    takes seconds.
     """
-    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules()):
-        raise ValueError("record-level privacy needs a model without BatchNorm, which mixes samples: use GroupNorm")
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(f"record-level privacy needs a model without BatchNorm, got layer {name!r}: use GroupNorm")
     parameters = [p for p in module.parameters() if p.requires_grad]
     total = gaussian(sum(p.numel() for p in parameters), noise_multiplier * norm, rng)
     for sample, label in zip(x.split(1), y.split(1), strict=True):
-        slopes = torch.autograd.grad(F.cross_entropy(module(sample), label), parameters)
-        total += clip(torch.cat([slope.reshape(-1) for slope in slopes]), norm)
+        loss = F.cross_entropy(module(sample), label)
+        slopes = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([slope.reshape(-1) for slope in slopes]).to(total.device)
+        total += clip(flat if flat.isfinite().all() else torch.zeros_like(flat), norm)
     return total / expected
 
 
@@ -82,19 +155,40 @@ def gaussian(size: int, deviation: float, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(rng.standard_normal(size, np.float32)) * deviation
 
 
+Releases = tuple[float, float, int]
+"""So many noisy sums of one kind: (noise multiplier, chance to be in one, how many)."""
+
+
 def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
-    """What `steps` noisy sums cost when each client (or record) is in each with chance `rate`, by opacus's accountant.
+    """What `steps` noisy sums cost when each client (or record) is in each with chance `rate`: see `spent`."""
+    return spent([(noise_multiplier, rate, steps)], delta)
+
+
+def spent(ledger: Sequence[Releases], delta: float) -> float:
+    """Return the epsilon of all the releases together, by opacus's accountant: Rényi costs add up, converted once.
 
     The smaller, the more private; infinite without noise. `delta` should be well below 1 / population.
     """
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate must be above 0 and at most 1, got {rate}")
+    for _, rate, _ in ledger:
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate must be above 0 and at most 1, got {rate}")
     if not 0 < delta < 1:
         raise ValueError(f"delta must be above 0 and below 1, got {delta}")
-    if noise_multiplier <= 0 or not steps:
-        return 0.0 if not steps else float("inf")
+    real = [(noise, rate, steps) for noise, rate, steps in ledger if steps]
+    if not real or min(real)[0] <= 0:
+        return float("inf") if real else 0.0
     from opacus.accountants.analysis import rdp
 
-    orders = [1 + x / 10 for x in range(1, 100)] + [float(2**k) for k in range(4, 13)]
-    spent = rdp.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=steps, orders=orders)
-    return float(rdp.get_privacy_spent(orders=orders, rdp=spent, delta=delta)[0])
+    costs = sum(steps * _renyi(noise, rate) for noise, rate, steps in real)
+    return max(0.0, float(rdp.get_privacy_spent(orders=_ORDERS, rdp=costs, delta=delta)[0]))
+
+
+_ORDERS = [1 + x / 10 for x in range(1, 100)] + [float(x) for x in (*range(11, 64), *(2**k for k in range(6, 13)))]
+
+
+@lru_cache(maxsize=1024)
+def _renyi(noise_multiplier: float, rate: float) -> NDArray[np.float64]:
+    """The cost of one noisy sum at each order."""
+    from opacus.accountants.analysis import rdp
+
+    return np.array(rdp.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=_ORDERS))

@@ -6,7 +6,7 @@ that is not a cryptographic one: right for teaching, not for a release.
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,17 +29,18 @@ def from_grid(total: Words, step: float) -> Tensor:
     return torch.from_numpy(total.view(np.int32) * step).float()
 
 
-def mask(words: Words, client: int, cohort: Sequence[int], secret: bytes) -> Words:
+def mask(words: Words, client: int, cohort: Sequence[int], round: int, secret: bytes) -> Words:
     """What `client` sends: its words plus a random word for each pair it is in, with opposite signs for the two.
 
     Modulo 2**32 the masked words are uniformly random, and in the sum over the whole cohort all masks cancel. `secret`
-    stands for the keys that each pair would agree on; somebody who drops out leaves a sum that is noise.
+    stands for the keys that each pair would agree on; somebody who drops out leaves a sum that is noise. Each `round`
+    has masks of its own: two messages under one mask tell their difference to anybody who subtracts them.
     """
     masked = words.copy()
     for other in cohort:
         if other != client:
-            pair = f"{min(client, other)},{max(client, other)}".encode()
-            seed = int.from_bytes(hashlib.sha256(secret + pair).digest(), "little")
+            pair = f"{round},{min(client, other)},{max(client, other)}".encode()
+            seed = int.from_bytes(hmac.digest(secret, pair, "sha256"), "little")
             noise = np.random.default_rng(seed).integers(2**32, size=len(words), dtype=np.uint32)
             masked = masked + noise if client < other else masked - noise
     return masked
