@@ -1,20 +1,30 @@
-"""Plain files that are whole or absent: bytes and tensors written beside their place and then renamed."""
+"""Plain files that are whole or absent: written beside their place, brought to the disk and then renamed.
+
+Tensors and JSON carry a seal, the SHA-256 of all the rest, by which a reader finds a flipped bit.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
+from typing import Any
 
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 """The project's root, against which relative folders are resolved (kernels run in their notebook's folder)."""
+
+
+UNSEALED = b"0" * 64  # what stands in a file in the place of its seal while that is computed
 
 
 class StoreError(OSError):
@@ -32,20 +42,64 @@ def writing(place: Path) -> Iterator[None]:
         raise StoreError(f"cannot write {place}: {error.strerror or error}") from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a kill, sees the old content or the new one and nothing between.
+def at(path: Path | str) -> Path:
+    """Return a path as people mean it: `~` is their home."""
+    return Path(os.path.expanduser(path))
 
-    Raises StoreError (an OSError) when the disk is full or read-only; the half-written file is removed.
+
+def file_name(name: str) -> str:
+    """Return a name as a part of a file's name that any system takes: ASCII letters, digits, `_`, `-`, at most 60."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name).lstrip("-")[:60] or "_"
+
+
+def damaged(path: Path, why: object) -> StoreError:
+    """Return the error that says which file of a run is damaged or lost, and the remedy."""
+    return StoreError(f"{path} is damaged ({why}); delete the run's folder to run it again")
+
+
+def to_disk(path: Path) -> None:
+    """Have a file, or what a folder lists where the platform can, on the disk before anything goes on."""
+    with suppress(OSError) if path.is_dir() else writing(path):  # Windows opens no folder
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes, listed: bool = True) -> None:
+    """Write a file so that a reader, a kill or a power cut sees the old content or the new one and nothing between.
+
+    `listed` is False where the caller brings the folder to the disk, after many files. Raises StoreError (an OSError)
+    when the disk is full or read-only; the half-written file is removed.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_bytes(content)
+            to_disk(beside)
             os.replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
+        if listed:
+            to_disk(path.parent)
+
+
+def sweep_up(folder: Path) -> None:
+    """Remove the half-written files of processes that are over; never one that a living process may be writing."""
+    import psutil
+
+    for file in folder.glob(".*.*.*"):
+        if writer := re.fullmatch(r"\..+\.(\d{1,9})\.\d+", file.name):
+            with suppress(OSError, psutil.AccessDenied):
+                try:
+                    over = psutil.Process(int(writer[1])).create_time() > file.stat().st_mtime + 1  # its number again
+                except psutil.NoSuchProcess:
+                    over = True
+                if over:
+                    file.unlink()
 
 
 def spare_folder(owner: object) -> Path:
@@ -55,19 +109,68 @@ def spare_folder(owner: object) -> Path:
     return Path(folder)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Write named tensors and a few words about them as safetensors, whole or not at all."""
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a dictionary with its seal, whole or not at all."""
+    write_bytes(path, json.dumps({**content, "seal": _seal(content)}, indent=1).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what `write_json` wrote, or any dictionary without a seal. Raises StoreError naming a damaged file."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        seal = content.pop("seal", None)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, error) from error
+    if seal not in (None, _seal(content)):
+        raise damaged(path, "its digest is another one")
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    rest = {name: value for name, value in content.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str], listed: bool = True) -> str:
+    """Write named tensors and a few words about them as safetensors, see `write_bytes`; returns the seal."""
     from safetensors.torch import save
 
-    write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, about))
+    about = {**about, "seal": UNSEALED.decode()}
+    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, about)
+    seal = hashlib.sha256(content).hexdigest()
+    write_bytes(path, content.replace(UNSEALED, seal.encode(), 1), listed)
+    return seal
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what `write_tensors` wrote. Raises StoreError naming a file that is damaged."""
+    """Return what `write_tensors` wrote, its "seal" among the words. Raises StoreError naming a file that is damaged.
+
+    A file of an older version has no seal; whether that is enough is for the caller to say.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about: dict[str, str] = header.get("__metadata__", {})
+        seal = str(about.get("seal", ""))
+        if seal and hashlib.sha256(content.replace(seal.encode(), UNSEALED, 1)).hexdigest() != seal:
+            raise ValueError("its digest is another one")
+        return load(content), about
+    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+        raise damaged(path, error) from error
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """Return the words alone of a file that `write_tensors` wrote; the tensors are not read and the seal not checked.
+
+    Raises StoreError naming a file that is cut or no safetensors.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} is damaged ({error}); delete its folder to run it again") from error
+        raise damaged(path, error) from error

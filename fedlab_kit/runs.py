@@ -20,7 +20,7 @@ from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import Exchange, in_process, play
 from fedlab_kit.federation.server import start
 from fedlab_kit.federation.task import OUTCOMES
-from fedlab_kit.files import ROOT
+from fedlab_kit.files import ROOT, at
 from fedlab_kit.run import Run, StoredRun, status
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire import make
@@ -84,14 +84,18 @@ def find(experiment: Experiment) -> Run | None:
 def history() -> tuple[tuple[StoredRun, ...], list[str]]:
     """Return the stored runs that have a whole round, oldest first, and the folders that cannot be read."""
     found, damaged = [], []
-    for file in sorted(runs_folder().glob("*/experiment.json")):
-        folder = RunFolder(file.parent)
+    for path in sorted(runs_folder().iterdir()) if runs_folder().is_dir() else ():
+        if path.name.startswith(".") or (path.is_file() and path.suffix):  # marks.json is nobody's run
+            continue
+        folder, file = RunFolder(path), path / "experiment.json"
         try:
-            experiment = Experiment(**folder.about()["experiment"])
-            run = StoredRun(experiment, folder.path, tuple(folder.records()), folder.measured(), from_store=True)
+            records = tuple(folder.whole())
+            if not records and not file.exists():  # about to begin
+                continue
+            run = StoredRun(Experiment(**folder.about()["experiment"]), path, records, folder.measured(), True)
             age = run.measured["when"], file.stat().st_mtime_ns  # `when` has whole seconds; the file tells the rest
-        except (OSError, ValueError, TypeError, KeyError):
-            damaged.append(folder.path.name)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            damaged.append(path.name)
             continue
         if run.records:
             found.append((age, run))
@@ -100,7 +104,7 @@ def history() -> tuple[tuple[StoredRun, ...], list[str]]:
 
 def runs_folder() -> Path:
     """Where runs are kept: the folder that FEDLAB_RUNS names (relative to the project's root), or `runs/` there."""
-    return ROOT / os.environ.get("FEDLAB_RUNS", "runs")
+    return ROOT / at(os.environ.get("FEDLAB_RUNS") or "runs")
 
 
 def path_of(experiment: Experiment) -> Path:

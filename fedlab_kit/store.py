@@ -2,11 +2,13 @@
 
 A folder holds `experiment.json` (what was asked; where, when and how long it ran), `records.jsonl` (one line a round),
 `state.safetensors` (all that the server remembers) and `clients/` (what each client keeps). The state is renamed
-into place last: it makes the round count.
+into place last: it makes the round count. It carries the digests of the records up to its round and of every client's
+file, so that a flipped bit or a lost file is found when it is read, and said, never trained on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -24,20 +26,39 @@ from torch import Tensor
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.server import ServerState, start
-from fedlab_kit.files import StoreError, read_tensors, write_bytes, write_tensors, writing
+from fedlab_kit.files import (
+    StoreError,
+    at,
+    damaged,
+    read_about,
+    read_json,
+    read_tensors,
+    sweep_up,
+    to_disk,
+    write_bytes,
+    write_json,
+    write_tensors,
+    writing,
+)
+
+MEASURED: dict[str, Any] = {"when": str, "machine": str, "torch": str, "seconds": (int, float)}
+"""What `experiment.json` says of a run beside what was asked, and the types that it may have."""
 
 
 class RunFolder:
     """One run's files: load what is there, commit a round, describe where it was made."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.clients = ClientFiles(path / "clients")
+        self.path = at(path)
+        self.clients = ClientFiles(self.path / "clients")
+        self.state, self.log = self.path / "state.safetensors", self.path / "records.jsonl"
+        self._digest = hashlib.sha256()  # of the records so far
 
     @contextmanager
     def locked(self, stop: Event | None) -> Iterator[None]:
         """Hold the folder against other notebooks; wait for whoever has it, or until `stop` is set.
 
+        What killed processes left half-written is swept up.
         Raises StoreError when the folder cannot be made, and TimeoutError when `stop` came first.
         """
         from filelock import FileLock, Timeout
@@ -48,6 +69,8 @@ class RunFolder:
             while True:
                 try:
                     with lock:
+                        for folder in (self.path, self.clients.folder):
+                            sweep_up(folder)
                         yield
                     return
                 except Timeout:
@@ -56,33 +79,76 @@ class RunFolder:
 
     def load(self, experiment: Experiment) -> tuple[ServerState, list[RoundRecord]]:
         """Return the state and the records of the last whole round, or the start. Raises StoreError when damaged."""
-        file = self.path / "state.safetensors"
-        if not file.exists():
+        if not self._counts():
             return start(experiment), []
-        tensors, about = read_tensors(file)
+        tensors, about = read_tensors(self.state)
+        records = self._records_of(about)
+        if not records:
+            return start(experiment), []
+        self.about()
+        try:
+            self.clients.expect(about.get("clients"))
+        except StoreError:
+            if read_about(self.state) == about:  # nobody has finished another round since
+                raise
+            return self.load(experiment)
         tensors = {name: tensor.to(experiment.device) for name, tensor in tensors.items()}
-        round, weights = int(about["round"]), tensors.pop("weights")
-        records = self.records()[:round]
-        if [record.round for record in records] != list(range(1, round + 1)):
-            raise StoreError(f"{self.path} is damaged: records of {round} rounds were expected; delete the folder")
-        return replace(start(experiment), round=round, weights=weights, slots=tensors), records
+        if (weights := tensors.pop("weights", None)) is None:
+            raise damaged(self.state, "the weights are gone")
+        return replace(start(experiment), round=len(records), weights=weights, slots=tensors), records
+
+    def whole(self) -> list[RoundRecord]:
+        """Return the records of the whole rounds. Raises StoreError when they are not those that were written."""
+        return self._records_of(read_about(self.state)) if self._counts() else []
 
     def records(self) -> list[RoundRecord]:
-        """Return the whole lines of the record file; a line that was cut by a kill is none."""
+        """Return the whole lines of the record file, also of a round that does not count yet."""
+        return self._parsed(self._lines())
+
+    def _counts(self) -> bool:
+        """Whether a state was written. Raises StoreError when it was and is gone: it comes before the first record."""
         try:
-            lines = (self.path / "records.jsonl").read_text().split("\n")[:-1]
+            names = os.listdir(self.path)
+        except OSError as error:
+            raise damaged(self.path, error) from error
+        if self.state.name not in names and self.log.name in names and self._lines():
+            raise damaged(self.state, "it is gone")
+        return self.state.name in names
+
+    def _records_of(self, about: dict[str, str]) -> list[RoundRecord]:
+        """Return the records of the rounds that a state counts."""
+        round = int(about["round"]) if about.get("round", "").isdigit() else 0
+        lines = self._lines()[:round] if round else []
+        self._digest = hashlib.sha256(b"".join(lines))
+        records = self._parsed(lines)
+        whole = about.get("records", self._digest.hexdigest()) == self._digest.hexdigest()  # older versions: no digest
+        if not whole or [record.round for record in records] != list(range(1, round + 1)):
+            raise damaged(self.log, f"{round} rounds were expected, as they were written")
+        return records
+
+    def _lines(self) -> list[bytes]:
+        """Return the lines of the record file; one that was cut by a kill is none."""
+        try:
+            return [line + b"\n" for line in self.log.read_bytes().split(b"\n")[:-1]]
+        except OSError as error:
+            raise damaged(self.log, error) from error
+
+    def _parsed(self, lines: list[bytes]) -> list[RoundRecord]:
+        try:
             return [RoundRecord.from_dict(json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError) as error:
-            raise StoreError(f"{self.path}/records.jsonl is damaged ({error}); delete the folder") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise damaged(self.log, f"{len(lines)} rounds were expected, as they were written") from error
 
     def about(self) -> dict[str, Any]:
         """Return what `describe` wrote."""
-        return json.loads((self.path / "experiment.json").read_text())
+        return read_json(self.path / "experiment.json")
 
     def measured(self) -> dict[str, Any]:
         """Return when, on which machine, with which torch and in how many seconds the records were made."""
-        about = self.about()
-        return {name: about[name] for name in ("when", "machine", "torch", "seconds")}
+        about = {name: self.about().get(name) for name in MEASURED}
+        if wrong := [name for name, kind in MEASURED.items() if not isinstance(about[name], kind)]:
+            raise damaged(self.path / "experiment.json", f"{wrong[0]} is {about[wrong[0]]!r:.40}")
+        return about
 
     def out_of_reach(self, engine: str) -> bool:
         """Whether going on would need what clients kept on another engine, or in a Flower run that is over."""
@@ -91,23 +157,29 @@ class RunFolder:
         return "flower" in (engine, self.about().get("engine"))
 
     def prepare(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:
-        """Do away with whatever a kill left behind the last whole round."""
+        """Do away with whatever a kill left behind the last whole round; without one, begin with a state of none."""
         if not records:
-            (self.path / "state.safetensors").unlink(missing_ok=True)
-        lines = "".join(_line(record) for record in records)
-        write_bytes(self.path / "records.jsonl", lines.encode())
-        self.clients.rewind(len(records))
+            self._digest, self.clients.kept = hashlib.sha256(), {}
+            self._count(start(experiment))
+        lines = self._lines()[: len(records)] if records else []
+        write_bytes(self.log, b"".join(lines))
+        self.clients.rewind()
         self.describe(experiment, records, engine)
 
     def commit(self, state: ServerState, record: RoundRecord) -> None:
-        """Write one round."""
-        log = self.path / "records.jsonl"
-        with writing(log), log.open("a") as file:
-            file.write(_line(record))
+        """Write one round: each file is on the disk before the next is begun, and the state that counts it is last."""
+        line = f"{json.dumps(record.to_dict())}\n".encode()
+        with writing(self.log), self.log.open("ab") as file:
+            file.write(line)
+        to_disk(self.log)
+        self._digest.update(line)
         self.clients.flush(state.round)
-        tensors = {"weights": state.weights, **state.slots}
-        write_tensors(self.path / "state.safetensors", tensors, {"round": str(state.round)})
-        self.clients.settle(state.round)
+        self._count(state)
+        self.clients.settle()
+
+    def _count(self, state: ServerState) -> None:
+        about = {"round": f"{state.round}", "records": self._digest.hexdigest(), "clients": self.clients.manifest()}
+        write_tensors(self.state, {"weights": state.weights, **state.slots}, about)
 
     def describe(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:
         """Write what was asked, and when, where, on what engine and in how many seconds it was measured."""
@@ -118,7 +190,7 @@ class RunFolder:
             "engine": engine,
             "seconds": sum(record.seconds for record in records),
         }
-        write_bytes(self.path / "experiment.json", json.dumps(about, indent=1).encode())
+        write_json(self.path / "experiment.json", about)
 
 
 def when_and_where() -> dict[str, str]:
@@ -129,27 +201,29 @@ def when_and_where() -> dict[str, str]:
     }
 
 
-def _line(record: RoundRecord) -> str:
-    return json.dumps(record.to_dict()) + "\n"
-
-
 class ClientFiles(MutableMapping[int, dict[str, Tensor]]):
     """What clients keep between rounds, on disk: memory follows the cohort, however large the population.
 
-    Files are named `<client>-<round>`, so that a kill in the middle of a round leaves what was true before it:
-    `flush` writes what changed, `settle` removes what it replaced once the round counts, `rewind` does away with
-    what came after a round that counts.
+    Files are named `<client>-<round>`, so that a kill in the middle of a round leaves what was true before it: `flush`
+    writes what changed, `settle` removes what it replaced once the round counts, `rewind` what came after a round that
+    counts. `kept` has the round and the seal of each client's file, and travels as `manifest` in the state; None when
+    an older version wrote that, without.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.changed: dict[int, dict[str, Tensor]] = {}
-        self.files: dict[int, Path] = {}
+        self.kept: dict[int, tuple[int, str]] | None = {}
+        self._replaced: list[Path] = []
 
     def __getitem__(self, client: int) -> dict[str, Tensor]:
         if client in self.changed:
             return self.changed[client]
-        return read_tensors(self.files[client])[0]
+        round, seal = self._known[client]
+        memory, about = read_tensors(self._file(client, round))
+        if about.get("seal") != seal:
+            raise damaged(self._file(client, round), "its digest is another one")
+        return memory
 
     def __setitem__(self, client: int, memory: dict[str, Tensor]) -> None:
         self.changed[client] = memory
@@ -158,37 +232,54 @@ class ClientFiles(MutableMapping[int, dict[str, Tensor]]):
         raise TypeError("what a client keeps is replaced, never deleted")
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.files.keys() | self.changed.keys())
+        return iter(self._known.keys() | self.changed.keys())
 
     def __len__(self) -> int:
-        return len(self.files.keys() | self.changed.keys())
+        return len(self._known.keys() | self.changed.keys())
+
+    @property
+    def _known(self) -> dict[int, tuple[int, str]]:
+        if self.kept is None:
+            raise StoreError(f"{self.folder.parent} was written by an older version: delete it to run it again")
+        return self.kept
 
     def flush(self, round: int) -> None:
         """Write what changed in this round beside what was there."""
+        self._replaced = [
+            self._file(client, self._known[client][0]) for client in self.changed if client in self._known
+        ]
         for client, memory in self.changed.items():
-            write_tensors(self._file(client, round), memory, {})
+            self._known[client] = round, write_tensors(self._file(client, round), memory, {}, listed=False)
+        if self.changed:
+            to_disk(self.folder)
 
-    def settle(self, round: int) -> None:
+    def settle(self) -> None:
         """Forget what this round replaced."""
-        for client in self.changed:
-            old, self.files[client] = self.files.get(client), self._file(client, round)
-            if old is not None:
-                old.unlink(missing_ok=True)
-        self.changed = {}
+        for file in self._replaced:
+            file.unlink(missing_ok=True)
+        self.changed, self._replaced = {}, []
 
-    def rewind(self, round: int) -> None:
-        """Find each client's newest file up to `round` and remove the others."""
-        self.changed, self.files = {}, {}
-        named = sorted(
-            (int(p.stem.split("-")[1]), int(p.stem.split("-")[0]), p) for p in self.folder.glob("*-*.safetensors")
-        )
-        for made, client, path in named:
-            if made > round:
+    def manifest(self) -> str:
+        """Return `kept` in words: `<client>-<round>-<seal>`, one after the other."""
+        return " ".join(f"{client}-{round}-{seal}" for client, (round, seal) in self._known.items())
+
+    def expect(self, manifest: str | None) -> None:
+        """Take over a manifest. StoreError names a file that is gone; what is there is checked when read."""
+        words = [word.split("-") for word in (manifest or "").split()]
+        kept = {int(client): (int(round), seal) for client, round, seal in words}
+        names = set(os.listdir(self.folder)) if kept else set()
+        for client, (round, _) in kept.items():
+            if (file := self._file(client, round)).name not in names:
+                raise damaged(file, "it is gone")
+        self.kept = None if manifest is None else kept
+
+    def rewind(self) -> None:
+        """Remove what is not kept."""
+        names = {self._file(client, round).name for client, (round, _) in self._known.items()}
+        self.changed = {}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in names:
                 path.unlink(missing_ok=True)
-                continue
-            if client in self.files:
-                self.files[client].unlink(missing_ok=True)
-            self.files[client] = path
 
     def _file(self, client: int, round: int) -> Path:
         return self.folder / f"{client}-{round}.safetensors"

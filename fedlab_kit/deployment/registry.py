@@ -20,7 +20,7 @@ from typing import Any
 
 from fedlab_kit.deployment import score
 from fedlab_kit.deployment.artifact import Artifact, load
-from fedlab_kit.files import StoreError, write_bytes, writing
+from fedlab_kit.files import StoreError, at, sweep_up, write_bytes, writing
 
 MODEL = "model.onnx"
 
@@ -49,7 +49,7 @@ class Registry:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = at(folder)
 
     @property
     def versions(self) -> list[Version]:
@@ -133,7 +133,7 @@ class Registry:
 
         The device needs numpy and onnxruntime alone. Raises ValueError when nothing is in service.
         """
-        current, target = self.in_service(), Path(folder)
+        current, target = self.in_service(), at(folder)
         current.load()
         write_bytes(target / "score.py", Path(score.__file__).read_bytes())
         for name in (MODEL, f"{MODEL}.json"):
@@ -165,6 +165,7 @@ class Registry:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
+                sweep_up(self.folder / "events")
                 yield
 
 

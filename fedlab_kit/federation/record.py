@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
+
+from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,15 @@ class RoundRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
-        """Rebuild a record from `to_dict` after a trip through JSON."""
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**{**values, "refused": tuple((client, why) for client, why in values["refused"])})
+        """Rebuild a record from `to_dict` after a trip through JSON. ValueError when a type is another one."""
+        return _checked().validate_json(json.dumps(values), strict=True)
 
     @property
     def diverged(self) -> bool:
         """Whether training ended here because a number was no longer finite."""
         return self.loss is None
+
+
+@cache
+def _checked() -> TypeAdapter[RoundRecord]:
+    return TypeAdapter(RoundRecord)

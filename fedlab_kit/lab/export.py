@@ -14,7 +14,7 @@ import torch
 
 from fedlab_kit.deployment.artifact import Artifact, load
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.files import StoreError
+from fedlab_kit.files import StoreError, at
 from fedlab_kit.lab.report import report
 from fedlab_kit.run import Run
 from fedlab_kit.runs import sources
@@ -30,7 +30,7 @@ def export(folder: str | Path, artifact: Artifact, run: Run, points: Sequence[Ma
     export of the same artifact is replaced. Raises StoreError when the folder holds anything else, or when the
     artifact is damaged or the folder cannot be written.
     """
-    target = Path(folder).absolute()
+    target = at(folder).absolute()
     _refuse_others(target, artifact)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
