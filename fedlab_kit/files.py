@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -73,7 +74,7 @@ def write_bytes(path: Path, content: bytes, listed: bool = True) -> None:
     `listed` is False where the caller brings the folder to the disk, after many files. Raises StoreError (an OSError)
     when the disk is full or read-only; the half-written file is removed.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")
+    beside = _beside(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -87,19 +88,51 @@ def write_bytes(path: Path, content: bytes, listed: bool = True) -> None:
             to_disk(path.parent)
 
 
-def sweep_up(folder: Path) -> None:
-    """Remove the half-written files of processes that are over; never one that a living process may be writing."""
+@contextmanager
+def filling(target: Path) -> Iterator[Path]:
+    """Give a folder to fill that takes the place of `target` when all went well: whole, on the disk, or not at all.
+
+    Raises StoreError when it cannot be written.
+    """
+    with writing(target):
+        sweep_up(target.parent, escape(target.name))
+        beside = _beside(target)
+        made, old = beside / "made", beside / "old"
+        try:
+            made.mkdir(parents=True)
+            yield made
+            for file in (*made.iterdir(), made):
+                to_disk(file)
+            if target.exists():
+                os.replace(target, old)
+            os.replace(made, target)
+            to_disk(target.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")
+
+
+def sweep_up(folder: Path, names: str = "*") -> None:
+    """Remove what processes that are over left half-written of such `names`; never what a living one may be writing."""
     import psutil
 
-    for file in folder.glob(".*.*.*"):
-        if writer := re.fullmatch(r"\..+\.(\d{1,9})\.\d+", file.name):
+    for left in folder.glob(f".{names}.*.*"):
+        if writer := re.fullmatch(r"\..+\.(\d{1,9})\.\d+", left.name):
             with suppress(OSError, psutil.AccessDenied):
                 try:
-                    over = psutil.Process(int(writer[1])).create_time() > file.stat().st_mtime + 1  # its number again
+                    over = psutil.Process(int(writer[1])).create_time() > left.stat().st_mtime + 1  # its number again
                 except psutil.NoSuchProcess:
                     over = True
                 if over:
-                    file.unlink()
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def is_number(value: object) -> bool:
+    """Say whether a value out of a JSON file is a number to work with: finite, and not true or false."""
+    return type(value) in (int, float) and abs(value) < 1e18  # type: ignore[arg-type]
 
 
 def spare_folder(owner: object) -> Path:

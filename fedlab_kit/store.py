@@ -30,6 +30,7 @@ from fedlab_kit.files import (
     StoreError,
     at,
     damaged,
+    is_number,
     read_about,
     read_json,
     read_tensors,
@@ -40,9 +41,6 @@ from fedlab_kit.files import (
     write_tensors,
     writing,
 )
-
-MEASURED: dict[str, Any] = {"when": str, "machine": str, "torch": str, "seconds": (int, float)}
-"""What `experiment.json` says of a run beside what was asked, and the types that it may have."""
 
 
 class RunFolder:
@@ -69,7 +67,7 @@ class RunFolder:
             while True:
                 try:
                     with lock:
-                        for folder in (self.path, self.clients.folder):
+                        for folder in (self.path, self.clients.folder, self.path / "artifacts"):
                             sweep_up(folder)
                         yield
                     return
@@ -145,10 +143,12 @@ class RunFolder:
 
     def measured(self) -> dict[str, Any]:
         """Return when, on which machine, with which torch and in how many seconds the records were made."""
-        about = {name: self.about().get(name) for name in MEASURED}
-        if wrong := [name for name, kind in MEASURED.items() if not isinstance(about[name], kind)]:
-            raise damaged(self.path / "experiment.json", f"{wrong[0]} is {about[wrong[0]]!r:.40}")
-        return about
+        about = self.about()
+        found = {name: about.get(name) for name in ("when", "machine", "torch", "seconds")}
+        *words, seconds = found.values()
+        if not (all(isinstance(word, str) for word in words) and is_number(seconds)):
+            raise damaged(self.path / "experiment.json", f"text and seconds are expected, got {found!r:.200}")
+        return found
 
     def out_of_reach(self, engine: str) -> bool:
         """Whether going on would need what clients kept on another engine, or in a Flower run that is over."""

@@ -16,7 +16,7 @@ from fedlab_kit.deployment import convert, measure
 from fedlab_kit.deployment.export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.files import StoreError, at, file_name, sweep_up, write_bytes, write_json
+from fedlab_kit.files import StoreError, at, file_name, is_number, sweep_up, write_bytes, write_json
 from fedlab_kit.models import flops
 from fedlab_kit.run import Run
 from fedlab_kit.store import when_and_where
@@ -83,7 +83,7 @@ def compress(run: Run, recipe: Recipe, folder: Path | str | None = None) -> Arti
     converted = _converted(run, recipe, model)
     name = f"{file_name(run.experiment.model)}-{run.key[:8]}-{slug(recipe)}.onnx"
     path = at(folder or run.path / "artifacts") / name
-    sweep_up(path.parent)
+    sweep_up(path.parent, "*.onnx*")
     try:
         write_bytes(path, converted.SerializeToString(deterministic=True))
         session = measure.open_session(path.read_bytes())
@@ -128,7 +128,7 @@ def check_card(card: dict[str, Any]) -> None:
     low, high = measured["interval"]
     numbers = [low, high, *(measured[one.name] for one in fields(Artifact) if one.type in ("int", "float"))]
     words = [card["when"], card["machine"], card["digest"], measured["note"]]
-    if not all(type(number) in (int, float) and abs(number) < 1e18 for number in numbers):
+    if not all(is_number(number) for number in numbers):
         raise TypeError(f"numbers are expected, got {numbers!r:.200}")
     if not all(isinstance(word, str) for word in words):
         raise TypeError(f"text is expected, got {words!r:.200}")

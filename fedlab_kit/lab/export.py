@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 
 from fedlab_kit.deployment.artifact import Artifact, load
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.files import StoreError, at
+from fedlab_kit.files import StoreError, at, filling
 from fedlab_kit.lab.report import report
 from fedlab_kit.run import Run
 from fedlab_kit.runs import sources
@@ -32,19 +30,8 @@ def export(folder: str | Path, artifact: Artifact, run: Run, points: Sequence[Ma
     """
     target = at(folder).absolute()
     _refuse_others(target, artifact)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
-            made, old = Path(beside, "made"), Path(beside, "old")
-            made.mkdir()
-            _fill(made, artifact, run, points)
-            if target.exists():
-                os.replace(target, old)
-            os.replace(made, target)
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"cannot write {target}: {error.strerror or error}") from error
+    with filling(target) as made:
+        _fill(made, artifact, run, points)
     return target
 
 

@@ -71,7 +71,7 @@ class Marks:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.file.with_name(".marks.lock"), timeout=2):
-                sweep_up(self.file.parent)
+                sweep_up(self.file.parent, self.file.name)
                 self.all = {**_read(self.file), **self._unwritten}
                 write_bytes(self.file, _written(self.all))
             self._unwritten, self.error = {}, ""
