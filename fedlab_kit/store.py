@@ -3,7 +3,8 @@
 A folder holds `experiment.json` (what was asked; where, when and how long it ran), `records.jsonl` (one line a round),
 `state.safetensors` (all that the server remembers) and `clients/` (what each client keeps). The state is renamed
 into place last: it makes the round count. It carries the digests of the records up to its round and of every client's
-file, so that a flipped bit or a lost file is found when it is read, and said, never trained on.
+file, so that a flipped bit or a lost file is found when it is read, and said, never trained on. Bringing files to the
+disk takes as long as some rounds do, so a round is written while the next one trains.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -31,6 +33,7 @@ from fedlab_kit.files import (
     at,
     damaged,
     is_number,
+    pack_tensors,
     read_about,
     read_json,
     read_tensors,
@@ -38,7 +41,6 @@ from fedlab_kit.files import (
     to_disk,
     write_bytes,
     write_json,
-    write_tensors,
     writing,
 )
 
@@ -51,6 +53,7 @@ class RunFolder:
         self.clients = ClientFiles(self.path / "clients")
         self.state, self.log = self.path / "state.safetensors", self.path / "records.jsonl"
         self._digest = hashlib.sha256()  # of the records so far
+        self._writing: Future[None] | None = None
 
     @contextmanager
     def locked(self, stop: Event | None) -> Iterator[None]:
@@ -66,10 +69,13 @@ class RunFolder:
             lock = FileLock(self.path / ".lock", timeout=0.1)
             while True:
                 try:
-                    with lock:
+                    with lock, ThreadPoolExecutor(1) as self._disk:
                         for folder in (self.path, self.clients.folder, self.path / "artifacts"):
                             sweep_up(folder)
-                        yield
+                        try:
+                            yield
+                        finally:
+                            self.settle()
                     return
                 except Timeout:
                     if stop is not None and stop.is_set():
@@ -133,8 +139,8 @@ class RunFolder:
 
     def _parsed(self, lines: list[bytes]) -> list[RoundRecord]:
         try:
-            return [RoundRecord.from_dict(json.loads(line)) for line in lines]
-        except (ValueError, TypeError, RecursionError) as error:
+            return RoundRecord.from_json(b"[" + b",".join(lines) + b"]")
+        except ValueError as error:
             raise damaged(self.log, f"{len(lines)} rounds were expected, as they were written") from error
 
     def about(self) -> dict[str, Any]:
@@ -160,26 +166,43 @@ class RunFolder:
         """Do away with whatever a kill left behind the last whole round; without one, begin with a state of none."""
         if not records:
             self._digest, self.clients.kept = hashlib.sha256(), {}
-            self._count(start(experiment))
-        lines = self._lines()[: len(records)] if records else []
-        write_bytes(self.log, b"".join(lines))
+            write_bytes(self.state, self._packed(start(experiment)))
+        if self.log.exists():
+            write_bytes(self.log, b"".join(self._lines()[: len(records)]))
         self.clients.rewind()
         self.describe(experiment, records, engine)
 
     def commit(self, state: ServerState, record: RoundRecord) -> None:
-        """Write one round: each file is on the disk before the next is begun, and the state that counts it is last."""
+        """Have one round written while the next one trains; `settle` waits for it, and so does the next commit."""
+        self.settle()
         line = f"{json.dumps(record.to_dict())}\n".encode()
+        self._digest.update(line)
+        files, replaced = self.clients.pack(state.round)
+        self._writing = self._disk.submit(self._write, line, files, self._packed(state), replaced)
+
+    def settle(self) -> None:
+        """Wait until the last round is on the disk. Raises StoreError when that did not take it."""
+        job, self._writing = self._writing, None
+        if job is not None:
+            job.result()
+            self.clients.fresh = {}
+
+    def _write(self, line: bytes, files: dict[Path, bytes], state: bytes, replaced: list[Path]) -> None:
+        """Bring each file to the disk before the next is begun: the state that makes the round count is last."""
         with writing(self.log), self.log.open("ab") as file:
             file.write(line)
         to_disk(self.log)
-        self._digest.update(line)
-        self.clients.flush(state.round)
-        self._count(state)
-        self.clients.settle()
+        for path, content in files.items():
+            write_bytes(path, content, listed=False)
+        if files:
+            to_disk(self.clients.folder)
+        write_bytes(self.state, state)
+        for path in replaced:
+            path.unlink(missing_ok=True)
 
-    def _count(self, state: ServerState) -> None:
+    def _packed(self, state: ServerState) -> bytes:
         about = {"round": f"{state.round}", "records": self._digest.hexdigest(), "clients": self.clients.manifest()}
-        write_tensors(self.state, {"weights": state.weights, **state.slots}, about)
+        return pack_tensors({"weights": state.weights, **state.slots}, about)[0]
 
     def describe(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:
         """Write what was asked, and when, where, on what engine and in how many seconds it was measured."""
@@ -204,25 +227,26 @@ def when_and_where() -> dict[str, str]:
 class ClientFiles(MutableMapping[int, dict[str, Tensor]]):
     """What clients keep between rounds, on disk: memory follows the cohort, however large the population.
 
-    Files are named `<client>-<round>`, so that a kill in the middle of a round leaves what was true before it: `flush`
-    writes what changed, `settle` removes what it replaced once the round counts, `rewind` what came after a round that
-    counts. `kept` has the round and the seal of each client's file, and travels as `manifest` in the state; None when
-    an older version wrote that, without.
+    Files are named `<client>-<round>`, so that a kill in the middle of a round leaves what was true before it: `pack`
+    names what changed and what that replaces once the round counts, `rewind` removes what came after a round that
+    counts. `fresh` is being written. `kept` has `<client>-<round>-<seal>` of each client's file and travels as
+    `manifest` in the state; it is None when an older version wrote that, without.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.changed: dict[int, dict[str, Tensor]] = {}
-        self.kept: dict[int, tuple[int, str]] | None = {}
-        self._replaced: list[Path] = []
+        self.fresh: dict[int, dict[str, Tensor]] = {}
+        self.kept: dict[int, str] | None = {}
 
     def __getitem__(self, client: int) -> dict[str, Tensor]:
-        if client in self.changed:
-            return self.changed[client]
-        round, seal = self._known[client]
-        memory, about = read_tensors(self._file(client, round))
+        for recent in (self.changed, self.fresh):
+            if client in recent:
+                return recent[client]
+        file, seal = self._file(self._known[client]), self._known[client].split("-")[2]
+        memory, about = read_tensors(file)
         if about.get("seal") != seal:
-            raise damaged(self._file(client, round), "its digest is another one")
+            raise damaged(file, "its digest is another one")
         return memory
 
     def __setitem__(self, client: int, memory: dict[str, Tensor]) -> None:
@@ -238,48 +262,41 @@ class ClientFiles(MutableMapping[int, dict[str, Tensor]]):
         return len(self._known.keys() | self.changed.keys())
 
     @property
-    def _known(self) -> dict[int, tuple[int, str]]:
+    def _known(self) -> dict[int, str]:
         if self.kept is None:
             raise StoreError(f"{self.folder.parent} was written by an older version: delete it to run it again")
         return self.kept
 
-    def flush(self, round: int) -> None:
-        """Write what changed in this round beside what was there."""
-        self._replaced = [
-            self._file(client, self._known[client][0]) for client in self.changed if client in self._known
-        ]
+    def pack(self, round: int) -> tuple[dict[Path, bytes], list[Path]]:
+        """Return the files of what changed in this round, and the files that they replace."""
+        replaced = [self._file(self._known[client]) for client in self.changed if client in self._known]
+        files = {}
         for client, memory in self.changed.items():
-            self._known[client] = round, write_tensors(self._file(client, round), memory, {}, listed=False)
-        if self.changed:
-            to_disk(self.folder)
-
-    def settle(self) -> None:
-        """Forget what this round replaced."""
-        for file in self._replaced:
-            file.unlink(missing_ok=True)
-        self.changed, self._replaced = {}, []
+            content, seal = pack_tensors(memory, {})
+            self._known[client] = f"{client}-{round}-{seal}"
+            files[self._file(self._known[client])] = content
+        self.changed, self.fresh = {}, self.changed
+        return files, replaced
 
     def manifest(self) -> str:
-        """Return `kept` in words: `<client>-<round>-<seal>`, one after the other."""
-        return " ".join(f"{client}-{round}-{seal}" for client, (round, seal) in self._known.items())
+        """Return `kept` in one line."""
+        return " ".join(self._known.values())
 
     def expect(self, manifest: str | None) -> None:
         """Take over a manifest. StoreError names a file that is gone; what is there is checked when read."""
-        words = [word.split("-") for word in (manifest or "").split()]
-        kept = {int(client): (int(round), seal) for client, round, seal in words}
-        names = set(os.listdir(self.folder)) if kept else set()
-        for client, (round, _) in kept.items():
-            if (file := self._file(client, round)).name not in names:
+        kept = {int(word.split("-")[0]): word for word in (manifest or "").split()}
+        names = set(os.listdir(self.folder)) if self.folder.exists() else set()
+        for word in kept.values():
+            if (file := self._file(word)).name not in names:
                 raise damaged(file, "it is gone")
         self.kept = None if manifest is None else kept
 
     def rewind(self) -> None:
         """Remove what is not kept."""
-        names = {self._file(client, round).name for client, (round, _) in self._known.items()}
-        self.changed = {}
+        self.changed, names = {}, {self._file(word).name for word in self._known.values()}
         for path in self.folder.glob("*.safetensors"):
             if path.name not in names:
                 path.unlink(missing_ok=True)
 
-    def _file(self, client: int, round: int) -> Path:
-        return self.folder / f"{client}-{round}.safetensors"
+    def _file(self, word: str) -> Path:
+        return self.folder / f"{word.rpartition('-')[0]}.safetensors"

@@ -94,7 +94,10 @@ fk.train(experiment, progress=slow)
 def test_a_round_that_was_half_written_does_not_count(tmp_path):
     experiment = SMALL.replace(strategy="scaffold", rounds=6)
     path, copy = runs.path_of(experiment), tmp_path / "after round 4"
-    whole = fk.train(experiment, progress=lambda record: record.round == 4 and shutil.copytree(path, copy))
+    stop = threading.Event()
+    fk.train(experiment, stop, lambda record: stop.set() if record.round == 4 else None)
+    shutil.copytree(path, copy)
+    whole = fk.train(experiment)
     # Put back what the disk holds when a kill comes after the client files and in the record of round 5.
     lines = (path / "records.jsonl").read_text().splitlines(keepends=True)
     shutil.copytree(copy, path, dirs_exist_ok=True)
@@ -236,8 +239,12 @@ def test_client_files_keep_one_version_per_client(tmp_path):
     files = ClientFiles(tmp_path)
     for round, value in ((1, 1.0), (2, 2.0)):
         files[7] = {"control": torch.tensor([value])}
-        files.flush(round)
-        files.settle()
+        packed, replaced = files.pack(round)
+        assert files[7]["control"].item() == value, "also while it is being written"
+        for path, content in packed.items():
+            write_bytes(path, content)
+        for path in replaced:
+            path.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["7-2.safetensors"]
     assert files[7]["control"].item() == 2.0 and list(files) == [7] and len(files) == 1
     fresh = ClientFiles(tmp_path)

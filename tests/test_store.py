@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,10 @@ def stopped(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLAB_RUNS", str(tmp_path_factory.mktemp("stopped")))
         path, part = runs.path_of(MOST), tmp_path_factory.mktemp("part") / "run"
-        whole = fk.train(MOST, progress=lambda record: record.round == 3 and shutil.copytree(path, part))
+        stop = threading.Event()
+        fk.train(MOST, stop, lambda record: stop.set() if record.round == 3 else None)
+        shutil.copytree(path, part)
+        whole = fk.train(MOST)
     return whole.key, part, facts(whole)
 
 

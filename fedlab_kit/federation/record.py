@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -42,10 +41,10 @@ class RoundRecord:
         """Return the record as a dictionary that JSON can hold."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
-        """Rebuild a record from `to_dict` after a trip through JSON. ValueError when a type is another one."""
-        return _checked().validate_json(json.dumps(values), strict=True)
+    @staticmethod
+    def from_json(text: bytes) -> list[RoundRecord]:
+        """Rebuild records from a JSON list of what `to_dict` gave. ValueError when a type is another one."""
+        return _reader().validate_json(text, strict=True)
 
     @property
     def diverged(self) -> bool:
@@ -54,5 +53,5 @@ class RoundRecord:
 
 
 @cache
-def _checked() -> TypeAdapter[RoundRecord]:
-    return TypeAdapter(RoundRecord)
+def _reader() -> TypeAdapter[list[RoundRecord]]:
+    return TypeAdapter(list[RoundRecord])
