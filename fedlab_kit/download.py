@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlab_kit.files import ROOT
+from fedlab_kit.files import ROOT, at
 
 
 class DataError(ValueError):
@@ -68,7 +68,7 @@ def fetch(source: Source, file: str) -> Path:
     no mirror answers.
     """
     folder = os.environ.get("FEDLAB_DATA")
-    local = ROOT / folder / source.name / file if folder else None
+    local = ROOT / at(folder) / source.name / file if folder else None
     if local is not None and local.exists():
         return _checked(local, source.md5[file])
     return _download(source, file)

@@ -26,7 +26,7 @@ from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.rounds import Exchange, in_process, play
 from fedlab_kit.federation.server import ServerState, start
 from fedlab_kit.federation.task import Parents, task
-from fedlab_kit.files import ROOT, spare_folder
+from fedlab_kit.files import ROOT, at, spare_folder
 from fedlab_kit.models import build
 from fedlab_kit.run import Run, StoredRun, status
 from fedlab_kit.store import RunFolder
@@ -56,7 +56,7 @@ def train(
         for record in records:
             tell(record)
         if not over:
-            folder.prepare(experiment, records, engine)
+            folder.prepare(state, records, engine)
             for latest, record in play(state, folder.clients, stop, exchange):
                 state = latest
                 folder.commit(state, record)
@@ -133,15 +133,19 @@ def find(experiment: Experiment) -> Run | None:
 def history() -> tuple[tuple[StoredRun, ...], list[str]]:
     """Return the stored runs that have a whole round, oldest first, and the folders that cannot be read."""
     found, damaged = [], []
-    for file in sorted(runs_folder().glob("*/experiment.json")):
-        folder = RunFolder(file.parent)
+    for path in sorted(runs_folder().iterdir()) if runs_folder().is_dir() else ():
+        if path.name.startswith(".") or (path.is_file() and path.suffix):  # marks.json is nobody's run
+            continue
+        folder, file = RunFolder(path), path / "experiment.json"
         try:
-            experiment, older = Experiment(**folder.about()["experiment"]), made_by(folder.path) == OLDER
-            records = tuple(folder.records())
-            run = StoredRun(experiment, folder.path, records, folder.measured(), from_store=True, older=older)
+            records = tuple(folder.whole())
+            if not records and not file.exists():  # about to begin
+                continue
+            experiment, older = Experiment(**folder.about()["experiment"]), made_by(path) == OLDER
+            run = StoredRun(experiment, path, records, folder.measured(), True, older=older)
             age = run.measured["when"], file.stat().st_mtime_ns  # `when` has whole seconds; the file tells the rest
-        except (OSError, ValueError, TypeError, KeyError):
-            damaged.append(folder.path.name)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            damaged.append(path.name)
             continue
         if run.records:
             found.append((age, run))
@@ -184,7 +188,7 @@ def size(folder: Path) -> int:
 
 def runs_folder() -> Path:
     """Where runs are kept: the folder that FEDLAB_RUNS names (relative to the project's root), or `runs/` there."""
-    return ROOT / os.environ.get("FEDLAB_RUNS", "runs")
+    return ROOT / at(os.environ.get("FEDLAB_RUNS") or "runs")
 
 
 def path_of(experiment: Experiment) -> Path:

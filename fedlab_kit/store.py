@@ -2,15 +2,19 @@
 
 A folder holds `experiment.json` (what was asked; where, when and how long it ran), `records.jsonl` (one line a round),
 `state.safetensors` (all that the server remembers) and `clients/` (what each client keeps). The state is renamed
-into place last: it makes the round count.
+into place last: it makes the round count. It carries the digests of the records up to its round and of every client's
+file, so that a flipped bit or a lost file is found when it is read, and said, never trained on. Bringing files to the
+disk takes as long as some rounds do, so a round is written while the next one trains.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 from collections.abc import Iterator, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -26,20 +30,38 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.record import RoundRecord
 from fedlab_kit.federation.server import ServerState, start
 from fedlab_kit.federation.task import Task
-from fedlab_kit.files import StoreError, read_tensors, write_bytes, write_tensors, writing
+from fedlab_kit.files import (
+    StoreError,
+    at,
+    damaged,
+    is_number,
+    pack_tensors,
+    read_about,
+    read_json,
+    read_tensors,
+    sweep_up,
+    to_disk,
+    write_bytes,
+    write_json,
+    writing,
+)
 
 
 class RunFolder:
     """One run's files: load what is there, commit a round, describe where it was made."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.clients = ClientFiles(path / "clients")
+        self.path = at(path)
+        self.clients = ClientFiles(self.path / "clients")
+        self.state, self.log = self.path / "state.safetensors", self.path / "records.jsonl"
+        self._digest = hashlib.sha256()  # of the records so far
+        self._writing: Future[None] | None = None
 
     @contextmanager
     def locked(self, stop: Event | None) -> Iterator[None]:
         """Hold the folder against other notebooks; wait for whoever has it, or until `stop` is set.
 
+        What killed processes left half-written is swept up.
         Raises StoreError when the folder cannot be made, and TimeoutError when `stop` came first.
         """
         from filelock import FileLock, Timeout
@@ -49,8 +71,13 @@ class RunFolder:
             lock = FileLock(self.path / ".lock", timeout=0.1)
             while True:
                 try:
-                    with lock:
-                        yield
+                    with lock, ThreadPoolExecutor(1) as self._disk:
+                        for folder in (self.path, self.clients.folder, self.path / "artifacts"):
+                            sweep_up(folder)
+                        try:
+                            yield
+                        finally:
+                            self.settle()
                     return
                 except Timeout:
                     if stop is not None and stop.is_set():
@@ -58,38 +85,83 @@ class RunFolder:
 
     def load(self, job: Task) -> tuple[ServerState, list[RoundRecord]]:
         """Return the state and the records of the last whole round, or the start. Raises StoreError when damaged."""
-        file = self.path / "state.safetensors"
-        if not file.exists():
+        if not self._counts():
             return start(job), []
-        tensors, about = read_tensors(file)
+        tensors, about = read_tensors(self.state)
+        records = self._records_of(about)
+        if not records:
+            return start(job), []
+        self.about()
+        try:
+            self.clients.expect(about.get("clients"))
+        except StoreError:
+            if read_about(self.state) == about:  # nobody has finished another round since
+                raise
+            return self.load(job)
         tensors = {name: tensor.to(job.experiment.device) for name, tensor in tensors.items()}
-        round, weights = int(about["round"]), tensors.pop("weights")
-        records = self.records()[:round]
-        if [record.round for record in records] != list(range(1, round + 1)):
-            raise StoreError(f"{self.path} is damaged: records of {round} rounds were expected; delete the folder")
-        return replace(start(job), round=round, weights=weights, slots=tensors), records
+        if (weights := tensors.pop("weights", None)) is None:
+            raise damaged(self.state, "the weights are gone")
+        return replace(start(job), round=len(records), weights=weights, slots=tensors), records
+
+    def whole(self) -> list[RoundRecord]:
+        """Return the records of the whole rounds. Raises StoreError when they are not those that were written."""
+        return self._records_of(read_about(self.state)) if self._counts() else []
 
     def memory(self, client: int) -> dict[str, Tensor]:
         """Return what a client keeps after the last whole round; {} for one that keeps nothing."""
-        files = sorted(self.clients.folder.glob(f"{client}-*.safetensors"), key=lambda p: int(p.stem.split("-")[1]))
-        return read_tensors(files[-1])[0] if files else {}
+        self.clients.expect(read_about(self.state).get("clients"))
+        return self.clients.get(client, {})
 
     def records(self) -> list[RoundRecord]:
-        """Return the whole lines of the record file; a line that was cut by a kill is none."""
+        """Return the whole lines of the record file, also of a round that does not count yet."""
+        return self._parsed(self._lines())
+
+    def _counts(self) -> bool:
+        """Whether a state was written. Raises StoreError when it was and is gone: it comes before the first record."""
         try:
-            lines = (self.path / "records.jsonl").read_text().split("\n")[:-1]
-            return [RoundRecord.from_dict(json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError) as error:
-            raise StoreError(f"{self.path}/records.jsonl is damaged ({error}); delete the folder") from error
+            names = os.listdir(self.path)
+        except OSError as error:
+            raise damaged(self.path, error) from error
+        if self.state.name not in names and self.log.name in names and self._lines():
+            raise damaged(self.state, "it is gone")
+        return self.state.name in names
+
+    def _records_of(self, about: dict[str, str]) -> list[RoundRecord]:
+        """Return the records of the rounds that a state counts."""
+        round = int(about["round"]) if about.get("round", "").isdigit() else 0
+        lines = self._lines()[:round] if round else []
+        self._digest = hashlib.sha256(b"".join(lines))
+        records = self._parsed(lines)
+        whole = about.get("records", self._digest.hexdigest()) == self._digest.hexdigest()  # older versions: no digest
+        if not whole or [record.round for record in records] != list(range(1, round + 1)):
+            raise damaged(self.log, f"{round} rounds were expected, as they were written")
+        return records
+
+    def _lines(self) -> list[bytes]:
+        """Return the lines of the record file; one that was cut by a kill is none."""
+        try:
+            return [line + b"\n" for line in self.log.read_bytes().split(b"\n")[:-1]]
+        except OSError as error:
+            raise damaged(self.log, error) from error
+
+    def _parsed(self, lines: list[bytes]) -> list[RoundRecord]:
+        try:
+            return RoundRecord.from_json(b"[" + b",".join(lines) + b"]")
+        except ValueError as error:
+            raise damaged(self.log, f"{len(lines)} rounds were expected, as they were written") from error
 
     def about(self) -> dict[str, Any]:
         """Return what `describe` wrote."""
-        return json.loads((self.path / "experiment.json").read_text())
+        return read_json(self.path / "experiment.json")
 
     def measured(self) -> dict[str, Any]:
         """Return when, on which machine, with which torch and in how many seconds the records were made."""
         about = self.about()
-        return {name: about[name] for name in ("when", "machine", "torch", "seconds")}
+        found = {name: about.get(name) for name in ("when", "machine", "torch", "seconds")}
+        *words, seconds = found.values()
+        if not (all(isinstance(word, str) for word in words) and is_number(seconds)):
+            raise damaged(self.path / "experiment.json", f"text and seconds are expected, got {found!r:.200}")
+        return found
 
     def out_of_reach(self, engine: str) -> bool:
         """Whether going on would need what clients kept on another engine, or in a Flower run that is over."""
@@ -97,24 +169,47 @@ class RunFolder:
             return False
         return "flower" in (engine, self.about().get("engine"))
 
-    def prepare(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:
-        """Do away with whatever a kill left behind the last whole round."""
+    def prepare(self, state: ServerState, records: list[RoundRecord], engine: str) -> None:
+        """Do away with whatever a kill left behind the last whole round; without one, begin with a state of none."""
         if not records:
-            (self.path / "state.safetensors").unlink(missing_ok=True)
-        lines = "".join(_line(record) for record in records)
-        write_bytes(self.path / "records.jsonl", lines.encode())
-        self.clients.rewind(len(records))
-        self.describe(experiment, records, engine)
+            self._digest, self.clients.kept = hashlib.sha256(), {}
+            write_bytes(self.state, self._packed(state))
+        if self.log.exists():
+            write_bytes(self.log, b"".join(self._lines()[: len(records)]))
+        self.clients.rewind()
+        self.describe(state.experiment, records, engine)
 
     def commit(self, state: ServerState, record: RoundRecord) -> None:
-        """Write one round."""
-        log = self.path / "records.jsonl"
-        with writing(log), log.open("a") as file:
-            file.write(_line(record))
-        self.clients.flush(state.round)
-        tensors = {"weights": state.weights, **state.slots}
-        write_tensors(self.path / "state.safetensors", tensors, {"round": str(state.round)})
-        self.clients.settle(state.round)
+        """Have one round written while the next one trains; `settle` waits for it, and so does the next commit."""
+        self.settle()
+        line = f"{json.dumps(record.to_dict())}\n".encode()
+        self._digest.update(line)
+        files, replaced = self.clients.pack(state.round)
+        self._writing = self._disk.submit(self._write, line, files, self._packed(state), replaced)
+
+    def settle(self) -> None:
+        """Wait until the last round is on the disk. Raises StoreError when that did not take it."""
+        job, self._writing = self._writing, None
+        if job is not None:
+            job.result()
+            self.clients.fresh = {}
+
+    def _write(self, line: bytes, files: dict[Path, bytes], state: bytes, replaced: list[Path]) -> None:
+        """Bring each file to the disk before the next is begun: the state that makes the round count is last."""
+        with writing(self.log), self.log.open("ab") as file:
+            file.write(line)
+        to_disk(self.log)
+        for path, content in files.items():
+            write_bytes(path, content, listed=False)
+        if files:
+            to_disk(self.clients.folder)
+        write_bytes(self.state, state)
+        for path in replaced:
+            path.unlink(missing_ok=True)
+
+    def _packed(self, state: ServerState) -> bytes:
+        about = {"round": f"{state.round}", "records": self._digest.hexdigest(), "clients": self.clients.manifest()}
+        return pack_tensors({"weights": state.weights, **state.slots}, about)[0]
 
     def describe(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:
         """Write what was asked, and when, where, on what engine and in how many seconds it was measured."""
@@ -126,7 +221,7 @@ class RunFolder:
             "engine": engine,
             "seconds": sum(record.seconds for record in records),
         }
-        write_bytes(self.path / "experiment.json", json.dumps(about, indent=1).encode())
+        write_json(self.path / "experiment.json", about)
 
 
 def when_and_where() -> dict[str, str]:
@@ -137,27 +232,30 @@ def when_and_where() -> dict[str, str]:
     }
 
 
-def _line(record: RoundRecord) -> str:
-    return json.dumps(record.to_dict()) + "\n"
-
-
 class ClientFiles(MutableMapping[int, dict[str, Tensor]]):
     """What clients keep between rounds, on disk: memory follows the cohort, however large the population.
 
-    Files are named `<client>-<round>`, so that a kill in the middle of a round leaves what was true before it:
-    `flush` writes what changed, `settle` removes what it replaced once the round counts, `rewind` does away with
-    what came after a round that counts.
+    Files are named `<client>-<round>`, so that a kill in the middle of a round leaves what was true before it: `pack`
+    names what changed and what that replaces once the round counts, `rewind` removes what came after a round that
+    counts. `fresh` is being written. `kept` has `<client>-<round>-<seal>` of each client's file and travels as
+    `manifest` in the state; it is None when an older version wrote that, without.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.changed: dict[int, dict[str, Tensor]] = {}
-        self.files: dict[int, Path] = {}
+        self.fresh: dict[int, dict[str, Tensor]] = {}
+        self.kept: dict[int, str] | None = {}
 
     def __getitem__(self, client: int) -> dict[str, Tensor]:
-        if client in self.changed:
-            return self.changed[client]
-        return read_tensors(self.files[client])[0]
+        for recent in (self.changed, self.fresh):
+            if client in recent:
+                return recent[client]
+        file, seal = self._file(self._known[client]), self._known[client].split("-")[2]
+        memory, about = read_tensors(file)
+        if about.get("seal") != seal:
+            raise damaged(file, "its digest is another one")
+        return memory
 
     def __setitem__(self, client: int, memory: dict[str, Tensor]) -> None:
         self.changed[client] = memory
@@ -166,37 +264,47 @@ class ClientFiles(MutableMapping[int, dict[str, Tensor]]):
         raise TypeError("what a client keeps is replaced, never deleted")
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.files.keys() | self.changed.keys())
+        return iter(self._known.keys() | self.changed.keys())
 
     def __len__(self) -> int:
-        return len(self.files.keys() | self.changed.keys())
+        return len(self._known.keys() | self.changed.keys())
 
-    def flush(self, round: int) -> None:
-        """Write what changed in this round beside what was there."""
+    @property
+    def _known(self) -> dict[int, str]:
+        if self.kept is None:
+            raise StoreError(f"{self.folder.parent} was written by an older version: delete it to run it again")
+        return self.kept
+
+    def pack(self, round: int) -> tuple[dict[Path, bytes], list[Path]]:
+        """Return the files of what changed in this round, and the files that they replace."""
+        replaced = [self._file(self._known[client]) for client in self.changed if client in self._known]
+        files = {}
         for client, memory in self.changed.items():
-            write_tensors(self._file(client, round), memory, {})
+            content, seal = pack_tensors(memory, {})
+            self._known[client] = f"{client}-{round}-{seal}"
+            files[self._file(self._known[client])] = content
+        self.changed, self.fresh = {}, self.changed
+        return files, replaced
 
-    def settle(self, round: int) -> None:
-        """Forget what this round replaced."""
-        for client in self.changed:
-            old, self.files[client] = self.files.get(client), self._file(client, round)
-            if old is not None:
-                old.unlink(missing_ok=True)
-        self.changed = {}
+    def manifest(self) -> str:
+        """Return `kept` in one line."""
+        return " ".join(self._known.values())
 
-    def rewind(self, round: int) -> None:
-        """Find each client's newest file up to `round` and remove the others."""
-        self.changed, self.files = {}, {}
-        named = sorted(
-            (int(p.stem.split("-")[1]), int(p.stem.split("-")[0]), p) for p in self.folder.glob("*-*.safetensors")
-        )
-        for made, client, path in named:
-            if made > round:
+    def expect(self, manifest: str | None) -> None:
+        """Take over a manifest. StoreError names a file that is gone; what is there is checked when read."""
+        kept = {int(word.split("-")[0]): word for word in (manifest or "").split()}
+        names = set(os.listdir(self.folder)) if self.folder.exists() else set()
+        for word in kept.values():
+            if (file := self._file(word)).name not in names:
+                raise damaged(file, "it is gone")
+        self.kept = None if manifest is None else kept
+
+    def rewind(self) -> None:
+        """Remove what is not kept."""
+        self.changed, names = {}, {self._file(word).name for word in self._known.values()}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in names:
                 path.unlink(missing_ok=True)
-                continue
-            if client in self.files:
-                self.files[client].unlink(missing_ok=True)
-            self.files[client] = path
 
-    def _file(self, client: int, round: int) -> Path:
-        return self.folder / f"{client}-{round}.safetensors"
+    def _file(self, word: str) -> Path:
+        return self.folder / f"{word.rpartition('-')[0]}.safetensors"

@@ -312,6 +312,7 @@ def test_every_figure_of_a_round_and_of_an_answer_is_in_the_table() -> None:
     }
     answer = {
         "samples": "sample counts", "update": "update", "control": "control change", "growth": "gradient to grow by",
+        "state": "running statistics",
     }  # fmt: skip
     assert set(told) == {field.name for field in dataclasses.fields(RoundRecord)}
     assert set(answer) == set(messages.Answer._fields)

@@ -182,7 +182,7 @@ def test_records_survive_json():
     from fedlab_kit import RoundRecord
 
     for record in rounds(SMALL):
-        assert RoundRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+        assert RoundRecord.from_json(json.dumps([record.to_dict()]).encode()) == [record]
         assert sum(record.total) == 60 and record.accuracy == sum(record.correct) / 60
         assert record.low <= record.accuracy <= record.high
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import fedlab_kit as fk
 from fedlab_kit import __main__ as cli
 from fedlab_kit import catalog, runs
-from fedlab_kit.files import StoreError, read_tensors, write_bytes, write_tensors
+from fedlab_kit.files import StoreError, write_bytes
 from fedlab_kit.lab.canvas import human_bytes
 from fedlab_kit.runs import history
 from fedlab_kit.store import ClientFiles, RunFolder
@@ -92,19 +93,18 @@ fk.train(experiment, progress=slow)
     assert torch.equal(fk.train(experiment).weights, rest.weights)
 
 
-def test_a_round_that_was_half_written_does_not_count():
-    run = fk.train(SMALL.replace(strategy="scaffold", rounds=4))
-    longer = SMALL.replace(strategy="scaffold", rounds=6)
-    whole = fk.train(longer)
-    folder = RunFolder(whole.path)
-    # Put back what the disk holds when a kill comes after the client files and the record of round 5.
-    for file in (run.path / "clients").iterdir():
-        (folder.path / "clients" / file.name).write_bytes(file.read_bytes())
-    tensors, _ = read_tensors(run.path / "state.safetensors")
-    write_tensors(folder.path / "state.safetensors", tensors, {"round": "4"})
-    lines = (folder.path / "records.jsonl").read_text().splitlines(keepends=True)
-    (folder.path / "records.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
-    assert torch.equal(fk.train(longer).weights, whole.weights)
+def test_a_round_that_was_half_written_does_not_count(tmp_path):
+    experiment = SMALL.replace(strategy="scaffold", rounds=6)
+    path, copy = runs.path_of(experiment), tmp_path / "after round 4"
+    stop = threading.Event()
+    fk.train(experiment, stop, lambda record: stop.set() if record.round == 4 else None)
+    shutil.copytree(path, copy)
+    whole = fk.train(experiment)
+    # Put back what the disk holds when a kill comes after the client files and in the record of round 5.
+    lines = (path / "records.jsonl").read_text().splitlines(keepends=True)
+    shutil.copytree(copy, path, dirs_exist_ok=True)
+    (path / "records.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
+    assert torch.equal(fk.train(experiment).weights, whole.weights)
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "records.jsonl"])
@@ -336,14 +336,20 @@ def test_client_files_keep_one_version_per_client(tmp_path):
     files = ClientFiles(tmp_path)
     for round, value in ((1, 1.0), (2, 2.0)):
         files[7] = {"control": torch.tensor([value])}
-        files.flush(round)
-        files.settle(round)
+        packed, replaced = files.pack(round)
+        assert files[7]["control"].item() == value, "also while it is being written"
+        for path, content in packed.items():
+            write_bytes(path, content)
+        for path in replaced:
+            path.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["7-2.safetensors"]
     assert files[7]["control"].item() == 2.0 and list(files) == [7] and len(files) == 1
     fresh = ClientFiles(tmp_path)
-    fresh.rewind(2)
+    fresh.expect(files.manifest())
+    fresh.rewind()
     assert fresh[7]["control"].item() == 2.0
-    fresh.rewind(1)
+    fresh.expect("")
+    fresh.rewind()
     assert list(fresh) == [] and not list(tmp_path.iterdir())
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fedlab_kit.deployment import convert, measure
 from fedlab_kit.deployment.export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.files import StoreError, write_bytes
+from fedlab_kit.files import StoreError, at, file_name, is_number, sweep_up, write_bytes, write_json
 from fedlab_kit.models import flops
 from fedlab_kit.run import Run
 from fedlab_kit.store import when_and_where
@@ -84,7 +83,9 @@ def compress(run: Run, recipe: Recipe, folder: Path | str | None = None) -> Arti
     """
     model = prune(run.model, run.dataset.shape, recipe)
     converted = _converted(run, recipe, model)
-    path = Path(folder or run.path / "artifacts") / f"{run.experiment.model}-{run.key[:8]}-{slug(recipe)}.onnx"
+    name = f"{file_name(run.experiment.model)}-{run.key[:8]}-{slug(recipe)}.onnx"
+    path = at(folder or run.path / "artifacts") / name
+    sweep_up(path.parent, "*.onnx*")
     try:
         write_bytes(path, converted.SerializeToString(deterministic=True))
         session = measure.open_session(path.read_bytes())
@@ -114,10 +115,25 @@ def compress(run: Run, recipe: Recipe, folder: Path | str | None = None) -> Arti
 def load(path: Path | str) -> Artifact:
     """Open an artifact again. Raises StoreError, naming the file, when it or its card is missing, cut or altered."""
     try:
-        content, card = read(path)
+        content, card = read(at(path))
+        check_card(card)
     except ValueError as error:
         raise StoreError(str(error)) from error
-    return _artifact(Path(path), card, measure.open_session(content))
+    except (TypeError, LookupError) as error:
+        raise StoreError(f"the model card of {path} is damaged ({error}): compress again") from error
+    return _artifact(at(path), card, measure.open_session(content))
+
+
+def check_card(card: dict[str, Any]) -> None:
+    """Raise TypeError or LookupError for a card that lacks a figure or a word, or has another type in its place."""
+    measured = card["measured"]
+    low, high = measured["interval"]
+    numbers = [low, high, *(measured[one.name] for one in fields(Artifact) if one.type in ("int", "float"))]
+    words = [card["when"], card["machine"], card["digest"], measured["note"]]
+    if not all(is_number(number) for number in numbers):
+        raise TypeError(f"numbers are expected, got {numbers!r:.200}")
+    if not all(isinstance(word, str) for word in words):
+        raise TypeError(f"text is expected, got {words!r:.200}")
 
 
 def prune(model: nn.Module, shape: tuple[int, ...], recipe: Recipe) -> nn.Module:
@@ -233,4 +249,4 @@ def _beside(path: Path) -> tuple[Path, Path]:
 
 
 def _write_card(path: Path, card: dict[str, Any]) -> None:
-    write_bytes(_beside(path)[0], json.dumps(card, indent=1).encode())
+    write_json(_beside(path)[0], card)

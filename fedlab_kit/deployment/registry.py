@@ -8,9 +8,7 @@ absent, so nothing is lost, whoever else writes at the same time and wherever a 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from typing import Any
 
 from fedlab_kit.deployment import score
 from fedlab_kit.deployment.artifact import Artifact, load
-from fedlab_kit.files import StoreError, write_bytes, writing
+from fedlab_kit.files import StoreError, at, filling, sweep_up, write_bytes, writing
 
 MODEL = "model.onnx"
 
@@ -49,7 +47,7 @@ class Registry:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = at(folder)
 
     @property
     def versions(self) -> list[Version]:
@@ -96,14 +94,10 @@ class Registry:
         with self._locked():
             number = self._next("versions")
             target = self.folder / "versions" / f"{number:04d}"
-            target.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".adding-", dir=self.folder) as beside:
-                made = Path(beside, "made")
-                made.mkdir()
+            with filling(target) as made:
                 for end in ("", ".json"):
                     shutil.copyfile(f"{artifact.path}{end}", made / f"{MODEL}{end}")
                 write_bytes(made / "version.json", json.dumps({"digest": digest, "note": note}).encode())
-                os.replace(made, target)
         return self.version(number)
 
     def promote(self, version: Version | int, why: str) -> Version:
@@ -133,7 +127,7 @@ class Registry:
 
         The device needs numpy and onnxruntime alone. Raises ValueError when nothing is in service.
         """
-        current, target = self.in_service(), Path(folder)
+        current, target = self.in_service(), at(folder)
         current.load()
         write_bytes(target / "score.py", Path(score.__file__).read_bytes())
         for name in (MODEL, f"{MODEL}.json"):
@@ -165,6 +159,7 @@ class Registry:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
+                sweep_up(self.folder / "events", "*.json")
                 yield
 
 

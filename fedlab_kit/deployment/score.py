@@ -57,7 +57,7 @@ def read(path: str | Path) -> tuple[bytes, dict[str, Any]]:
     try:
         content, card = Path(path).read_bytes(), json.loads(card_file.read_text())
         wanted = card["digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be opened, it needs its model card {card_file.name} beside it: {error}"
         ) from error

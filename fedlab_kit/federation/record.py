@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
+
+from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,17 @@ class RoundRecord:
         """Return the record as a dictionary that JSON can hold."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
-        """Rebuild a record from `to_dict` after a trip through JSON."""
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**{**values, "refused": tuple((client, why) for client, why in values["refused"])})
+    @staticmethod
+    def from_json(text: bytes) -> list[RoundRecord]:
+        """Rebuild records from a JSON list of what `to_dict` gave. ValueError when a type is another one."""
+        return _reader().validate_json(text, strict=True)
 
     @property
     def diverged(self) -> bool:
         """Whether training ended here because a number was no longer finite."""
         return self.loss is None
+
+
+@cache
+def _reader() -> TypeAdapter[list[RoundRecord]]:
+    return TypeAdapter(list[RoundRecord])

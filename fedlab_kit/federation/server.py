@@ -236,7 +236,7 @@ def _prune(
 ) -> tuple[Tensor, Slots]:
     """Change the mask when it is due, and cut the weights and all that the strategy remembers where it cuts."""
     mask, round = slots.get("mask"), state.round + 1
-    if adjusts(state.experiment, round) and answers:
+    if adjusts(state.experiment, round) and (answers or state.experiment.privacy == "client"):  # who came is private
         growths = {client: answer.growth for client, answer in answers.items() if answer.growth is not None}
         gradient = mean(list(growths.values()), [answers[c].samples for c in growths]) if growths else None
         mask = next_mask(job, round, weights, mask, gradient)

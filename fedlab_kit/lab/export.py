@@ -6,10 +6,8 @@ import __future__
 import ast
 import inspect
 import linecache
-import os
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -23,7 +21,7 @@ import torch
 from fedlab_kit import catalog
 from fedlab_kit.deployment.artifact import Artifact, load
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.files import StoreError
+from fedlab_kit.files import StoreError, at, filling
 from fedlab_kit.lab.report import report
 from fedlab_kit.run import StoredRun
 from fedlab_kit.runs import identify, parts
@@ -41,21 +39,10 @@ def export(folder: str | Path, artifact: Artifact, run: StoredRun, points: Seque
     export of the same artifact is replaced. Raises StoreError when the folder holds anything else, or when the
     artifact is damaged or the folder cannot be written.
     """
-    target = Path(folder).absolute()
+    target = at(folder).absolute()
     _refuse_others(target, artifact)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
-            made, old = Path(beside, "made"), Path(beside, "old")
-            made.mkdir()
-            _fill(made, artifact, run, points)
-            if target.exists():
-                os.replace(target, old)
-            os.replace(made, target)
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"cannot write {target}: {error.strerror or error}") from error
+    with filling(target) as made:
+        _fill(made, artifact, run, points)
     return target
 
 

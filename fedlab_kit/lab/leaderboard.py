@@ -15,6 +15,7 @@ from fedlab_kit.deployment import measure
 from fedlab_kit.deployment.artifact import LEVEL, Artifact, compress, load
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.task import strata, task
+from fedlab_kit.files import at
 from fedlab_kit.lab.canvas import percent
 from fedlab_kit.runs import train
 from fedlab_kit.statistics import wilson
@@ -46,10 +47,10 @@ def leaderboard(
 
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if not Path(folder).is_dir():
+    if not at(folder).is_dir():
         raise ValueError(f"folder must be one that holds exported folders, got {str(folder)!r}")
     room = experiment or Experiment()
-    teams = sorted(path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
+    teams = sorted(path for path in at(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
     found = [_measure(team, room, rule) for team in teams]
     _add_latencies([(row, file) for row, file in found if file is not None], task(room).dataset.test)
     table = pandas.DataFrame([row for row, _ in found], columns=["team", *MEASURED, "remark"])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedlab_kit.files import StoreError, write_bytes
+from fedlab_kit.files import StoreError, sweep_up, write_bytes
 
 
 class Mark(NamedTuple):
@@ -71,6 +71,7 @@ class Marks:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.file.with_name(".marks.lock"), timeout=2):
+                sweep_up(self.file.parent, self.file.name)
                 self.all = {**_read(self.file), **self._unwritten}
                 write_bytes(self.file, _written(self.all))
             self._unwritten, self.error = {}, ""
@@ -90,7 +91,7 @@ def _read(file: Path) -> dict[str, Mark]:
         return marks
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{file} is damaged ({error}); names and what was hidden are lost, delete it") from error
 
 

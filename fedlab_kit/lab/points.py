@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlab_kit.deployment.artifact import Artifact, slug
+from fedlab_kit.deployment.artifact import Artifact, check_card, slug
 from fedlab_kit.experiment import Recipe
+from fedlab_kit.files import read_json
 from fedlab_kit.lab.canvas import html_table, human_bytes, human_ms, percent, with_interval
 from fedlab_kit.lab.marks import Mark, Marks
 from fedlab_kit.lab.wording import moment, origin
@@ -133,11 +133,11 @@ def _points_of(run: StoredRun) -> Iterator[tuple[tuple[str, int], Point]]:
     for file in (run.path / "artifacts").glob("*.onnx.json"):
         artifact = file.with_suffix("")
         try:
-            card = json.loads(file.read_text())
+            card = read_json(file)
+            check_card(card)  # one that lacks a figure must not stop every bench on this store
             point = Point(0, run, Recipe(**card["recipe"]), artifact, card, earlier=True)
-            _line(point.row(Mark()))  # a card that lacks a figure must not stop every bench on this store
             age = card["when"], artifact.stat().st_mtime_ns
-        except (OSError, ValueError, TypeError, LookupError):
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
             continue
         yield age, point
 
