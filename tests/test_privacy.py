@@ -1,5 +1,7 @@
 """Differential privacy and secure aggregation: lengths, noise, epsilon against known values, masks that cancel."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -169,6 +171,12 @@ def test_a_masked_payload_looks_random_and_a_missing_one_leaves_noise() -> None:
     assert bits.mean() == pytest.approx(0.5, abs=0.005)
     assert not np.add.reduce(sent, dtype=np.uint32).any()
     assert np.count_nonzero(np.add.reduce(sent[1:], dtype=np.uint32)) > 19_900
+
+
+def test_every_pair_has_a_mask_of_its_own() -> None:
+    pairs = list(itertools.combinations(COHORT, 2))
+    masks = [mask(np.zeros(50, np.uint32), a, [a, b], secret) for secret in (b"one", b"two") for a, b in pairs]
+    assert len({words.tobytes() for words in masks}) == 2 * len(pairs)
 
 
 def test_a_shared_grid_works() -> None:
