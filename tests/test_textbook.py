@@ -151,7 +151,7 @@ class Textbook:
         """The model; with a lossy downlink the client's own copy, brought nearer to it."""
         if self.e.downlink == "fp32":
             return self.w
-        copy = self.kept["copy", client] if ("copy", client) in self.kept else self.initial
+        copy = self.kept.get(("copy", client), self.initial)
         copy = (copy + self.squeezed(self.e.downlink, self.w - copy, self.e.downlink_keep)) * self.mask
         self.kept["copy", client] = copy
         return copy
