@@ -126,11 +126,14 @@ def test_without_clipping_and_noise_it_is_the_plain_gradient() -> None:
 
 
 def test_one_sample_moves_the_sum_by_at_most_the_norm() -> None:
+    """All layers of a sample together, whichever of them its gradient reaches."""
     net, (x, y) = model(), batch()
-    with_it, without = (
-        private_gradient(net, x[k:], y[k:], norm=0.1, noise_multiplier=1.0, expected=1, rng=rng(5)) for k in (0, 1)
+    without, *with_one = (
+        private_gradient(net, x[a:b], y[a:b], norm=0.1, noise_multiplier=1.0, expected=1, rng=rng(5))
+        for a, b in [(0, 0), *((k, k + 1) for k in range(8))]
     )
-    assert (with_it - without).norm() == pytest.approx(0.1, rel=1e-4)
+    for moved in with_one:
+        assert (moved - without).norm() == pytest.approx(0.1, rel=1e-4)
 
 
 def test_an_empty_batch_is_noise_alone() -> None:
