@@ -352,6 +352,9 @@ TECHNIQUES = {
     "momentum of clipped clients": {
         "privacy": "client", "clip_norm": 0.05, "noise_multiplier": 0.0, "strategy": "fedavgm", "dropout": 0.4,
     },
+    "clipped clients owe": {
+        "privacy": "client", "clip_norm": 0.05, "noise_multiplier": 0.0, "uplink": "topk", "uplink_keep": 0.2,
+    },
     "clipped records": {"privacy": "record", "clip_norm": 0.3, "noise_multiplier": 0.0},
     "clipped, noisy records": {"privacy": "record", "clip_norm": 0.3, "noise_multiplier": 0.5},
 }  # fmt: skip
@@ -380,6 +383,20 @@ def test_slices_are_averaged_over_those_who_hold_them(strategy):
     )
     narrow = [{client % 4 == 3 for client in record.answered} for record in run.records]
     assert {True} in narrow and {True, False} in narrow and {False} in narrow
+
+
+def test_epsilon_counts_every_step_of_the_client_that_fared_worst():
+    from opacus.accountants import RDPAccountant
+
+    run = fk.train(BASE.replace(privacy="record", local_epochs=3, clients_per_round=4))
+    spent = []
+    for client, size in enumerate(map(len, run.shards)):
+        accountant = RDPAccountant()
+        rounds = sum(client in record.answered for record in run.records)
+        steps = rounds * 3 * -(-size // 7)
+        accountant.history = [(1.0, min(1.0, 7 / size), steps)] * (steps > 0)
+        spent.append(accountant.get_epsilon(1e-3) if steps else 0.0)
+    assert run.epsilon(1e-3) == pytest.approx(max(spent), rel=0.02)
 
 
 # ---- chance: what is drawn anew, and from what
