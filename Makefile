@@ -23,6 +23,9 @@ test: .venv/test.stamp  ## set up, then run unit tests, notebooks under strict n
 test-slow: .venv/test.stamp  ## the tests that need real data (FEDLAB_DATA=folder) or minutes
 	@$(PYTHON_IN_VENV) -m pytest --run-slow -m slow
 
+mutants: .venv/test.stamp  ## put known faults into a copy and see the tests notice them (15 minutes)
+	@$(PYTHON_IN_VENV) tools/mutants.py
+
 bench: .venv/lab.stamp  ## measure speed and accuracy on this machine (FEDLAB_DATA=folder)
 	@$(PYTHON_IN_VENV) -m benchmarks
 
@@ -60,4 +63,4 @@ setup: .venv/lab.stamp  ## install only
 	@tools/setup.sh '[scale]'
 	@touch .venv/lab.stamp $@
 
-.PHONY: federation help lab app test test-slow bench bench-quick lint wheels answers notebooks setup
+.PHONY: federation help lab app test test-slow mutants bench bench-quick lint wheels answers notebooks setup

@@ -87,6 +87,14 @@ def test_sizes_digest_and_card_are_those_of_the_files(run: fk.Run) -> None:
     assert artifact.interval[0] < artifact.accuracy < artifact.interval[1]
 
 
+def test_figures_of_speed_are_those_that_were_timed(
+    run: fk.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "latencies", lambda sessions, x: [measure.Timing(0.25 * len(x), 0.002)])
+    artifact = compress(run, RECIPES[0], tmp_path)
+    assert (artifact.latency_ms, artifact.latency_spread_ms, artifact.throughput) == (250.0, 2.0, 4.0)
+
+
 def test_the_float_file_agrees_with_torch(run: fk.Run, tmp_path: Path) -> None:
     artifact = compress(run, fk.Recipe(), tmp_path)
     x = run.dataset.validation.x

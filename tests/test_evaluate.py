@@ -50,6 +50,14 @@ def test_the_interval_of_an_area_holds_the_true_one_as_often_as_it_says():
     assert 0.92 <= held / 400 <= 0.99
 
 
+def test_the_interval_of_an_area_is_newcombes():
+    """At both ends the measured area lies 1.96 standard deviations away, by Hanley and McNeil's formula there."""
+    m, n = 15, 30
+    for end in auc_interval(0.8, m, n):
+        more = ((m + n) / 2 - 1) * ((1 - end) / (2 - end) + end / (1 + end))
+        assert abs(0.8 - end) == pytest.approx(1.96 * (end * (1 - end) * (1 + more) / (m * n)) ** 0.5, rel=1e-3)
+
+
 def test_an_area_of_one_has_a_width_that_shrinks_with_patients():
     lows = [auc_interval(1.0, n, n)[0] for n in (5, 20, 200)]
     assert lows == sorted(lows) and lows[0] < 0.75 and lows[2] > 0.97
@@ -216,3 +224,16 @@ def test_a_class_is_paired_by_itself():
 
 def test_the_rule_is_the_one_that_is_stated():
     assert (room.LEAST, room.MARGIN) == (5, 0.05)
+
+
+def test_the_limits_are_where_they_are_said_to_be():
+    row = measure(np.full(10, 0.5), np.repeat([0, 1], 5))  # five of each are enough; at 0.5 a file says the first class
+    assert (row["sensitivity"], row["specificity"], row["auc"], row["note"]) == (0, 1, 0.5, "")
+
+
+def test_the_level_is_shared_by_the_hospitals():
+    split = load("clinics").validation
+    y, lost = split.y.numpy(), split.y.numpy().copy()
+    lost[np.flatnonzero(split.site.numpy() == 0)[:5]] ^= 1  # p is 1/32: below 0.05, above a third of it
+    table = compare(stand_in(y), {"small": stand_in(lost)})
+    assert list(table.verdict) == ["unclear", "fine", "fine", "hurt"] and table.p[0] == table.p[3] == 0.5**5

@@ -82,3 +82,9 @@ def test_a_better_mean_does_not_excuse_a_hospital_that_is_hurt():
     assert log_loss(Sure(new), load("clinics").validation).mean() < -np.log(0.6)
     assert better(Sure(np.full(120, 0.95)), Sure(old), "clinics")[0]
     assert better(Sure(old), Sure(new), "clinics")[1].startswith("log loss rose by ")
+
+
+def test_what_is_surely_worse_is_not_better():
+    sure, unsure = Sure(np.full(120, 0.95)), Sure(np.full(120, 0.6))
+    won, why = better(unsure, sure, "clinics")
+    assert not won and why.startswith("log loss rose by ") and why.endswith("which is not enough")

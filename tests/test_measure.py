@@ -7,7 +7,7 @@ from torch import nn
 
 from fedlab_kit.data import Preprocess, Split
 from fedlab_kit.deployment import measure
-from fedlab_kit.deployment.convert import convert
+from fedlab_kit.deployment.convert import client_ranges, convert
 from fedlab_kit.deployment.export import export
 from fedlab_kit.models import flops
 
@@ -42,13 +42,33 @@ def test_calls_are_timed_in_turns() -> None:
     assert all(timing.median > 0 and timing.spread >= 0 for timing in found)
 
 
+def test_a_timing_is_the_median_and_the_distance_of_the_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, takes = [0.0], iter([99.0, 4.0, 100.0, 1.0, 3.0, 2.0])  # the first call is not timed
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def call() -> None:
+        now[0] += next(takes)
+
+    assert measure.timings([call], seconds=0, least=5) == [measure.Timing(3.0, 2.0)]
+
+
 def test_flops_of_a_matrix_are_two_per_weight() -> None:
     assert flops(nn.Linear(3, 2), (3,)) == 2 * 3 * 2
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int8 static", "int4"])
 def test_the_zeros_of_a_file_are_those_of_the_weights(dtype: str) -> None:
-    graph = convert(export(_linear(), Preprocess(0.0, 1.0), RAW), dtype)
+    exported = export(_linear(), Preprocess(0.0, 1.0), RAW)
+    ranges = client_ranges(exported, RAW) if dtype == "int8 static" else None
+    graph = convert(exported, dtype.split()[0], ranges)
     [stored] = measure.stored_weights(graph).values()
     assert stored.size == 6  # int4 pads its blocks to 32; the padding does not count
     assert measure.sparsity(graph) == 0.5
+
+
+def test_int4_codes_are_read_in_their_order() -> None:
+    model, codes = _linear(), torch.tensor([[-8.0, 5.0, 3.0], [1.0, -2.0, -8.0]])
+    with torch.no_grad():
+        model[1].weight.copy_(codes / 4)
+    [stored] = measure.stored_weights(convert(export(model, Preprocess(0.0, 1.0), RAW), "int4")).values()
+    assert stored.tolist() == codes.tolist()

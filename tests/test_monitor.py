@@ -148,6 +148,7 @@ def test_budgets_for_late_failed_and_wrong_answers(artifact):
 def test_within_the_budget_nothing_is_said(artifact):
     monitor, rows = Monitor(artifact, load("clinics").train, budgets=Budgets(failed=0.2)), resampled(0, 1000)
     rows[np.random.default_rng(7).random(1000) < 0.15, 0] = np.nan
+    rows[:3, 0] = np.nan  # three at the start are more than the budget and still chance
     answers = monitor.watch("north", rows)
     assert [alarm for alarm in monitor.alarms if alarm.kind == "failed"] == []
     assert np.isnan(answers).any(axis=1).sum() == np.isnan(rows[:, 0]).sum()
@@ -176,6 +177,29 @@ def test_hospitals_that_join_late_are_small_or_unknown(artifact):
     assert [alarm.site for alarm in monitor.alarms] == ["east"] * len(monitor.alarms) and monitor.alarms
     with pytest.raises(ValueError, match="reference must hold at least 10 patients of some site, got 4 in all"):
         Monitor(artifact, Split(train.x[:4], train.y[:4], train.site[:4]))
+
+
+def test_a_shift_downwards_is_named_first(artifact):
+    monitor = Monitor(artifact, load("clinics").train)
+    monitor.watch("south", resampled(1, 200) - np.float32([0, 0, 10, 0]))
+    assert monitor.alarms[0].what.startswith("moved most: size -")
+
+
+@pytest.mark.parametrize(("budget", "kinds"), [(50.0, set()), (20.0, {"late"})])
+def test_lateness_is_that_of_one_answer(artifact, budget, kinds):
+    now = iter(np.arange(0.0, 1e6, 0.9))  # 40 answers take 0.9 s, one 22.5 ms
+    monitor = Monitor(artifact, load("clinics").train, Budgets(latency_ms=budget), clock=lambda: next(now))
+    for turn in range(5):
+        monitor.watch("north", resampled(0, 40, turn))
+    assert {alarm.kind for alarm in monitor.alarms} == kinds
+
+
+def test_patients_who_were_not_scored_are_not_wrong(artifact):
+    monitor, rows = Monitor(artifact, load("clinics").train, Budgets(failed=1.0)), resampled(0, 300)
+    y = artifact.predict(rows).argmax(1)
+    rows[::3, 0], y[::3] = np.nan, 1
+    monitor.watch("north", rows, y)
+    assert monitor.alarms == []
 
 
 def test_of_pictures_the_confidence_is_watched():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlab_kit.data import Dataset, Preprocess, Split
-from fedlab_kit.partition import label_counts, partition
+from fedlab_kit.partition import _without_empty, label_counts, partition
 
 
 def toy(labels: list[int], classes: int, sites: list[int] | None = None) -> Dataset:
@@ -83,6 +83,8 @@ def test_dirichlet_fills_empty_clients_from_the_largest() -> None:
     shards = partition(data, "dirichlet", 30, 0.01, 0)
     assert [len(shard) for shard in shards] == [1] * 30
     assert owned(shards) == list(range(30))
+    parts = [np.array(part, dtype=int) for part in ([0, 1], [], [2, 3, 4, 5], [])]
+    assert [part.tolist() for part in _without_empty(parts)] == [[0, 1], [5], [2, 3], [4]]
 
 
 def test_a_client_is_a_site() -> None:

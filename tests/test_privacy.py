@@ -1,5 +1,6 @@
 """Differential privacy and secure aggregation: lengths, noise, epsilon against known values, masks that cancel."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -140,11 +141,14 @@ def test_without_clipping_and_noise_it_is_the_plain_gradient() -> None:
 
 
 def test_one_sample_moves_the_sum_by_at_most_the_norm() -> None:
+    """All layers of a sample together, whichever of them its gradient reaches."""
     net, (x, y) = model(), batch()
-    with_it, without = (
-        private_gradient(net, x[k:], y[k:], norm=0.1, noise_multiplier=1.0, expected=1, rng=rng(5)) for k in (0, 1)
+    without, *with_one = (
+        private_gradient(net, x[a:b], y[a:b], norm=0.1, noise_multiplier=1.0, expected=1, rng=rng(5))
+        for a, b in [(0, 0), *((k, k + 1) for k in range(8))]
     )
-    assert (with_it - without).norm() == pytest.approx(0.1, rel=1e-4)
+    for moved in with_one:
+        assert (moved - without).norm() == pytest.approx(0.1, rel=1e-4)
 
 
 def test_an_empty_batch_is_noise_alone() -> None:
@@ -263,6 +267,12 @@ def test_two_rounds_under_one_secret_do_not_tell_their_difference() -> None:
     for round in (2, 3):
         total = sum(mask(first, client, COHORT, round, b"secret") for client in COHORT)
         assert np.array_equal(total, np.uint32(len(COHORT)) * first)
+
+
+def test_every_pair_has_a_mask_of_its_own() -> None:
+    pairs = list(itertools.combinations(COHORT, 2))
+    masks = [mask(np.zeros(50, np.uint32), a, [a, b], 1, secret) for secret in (b"one", b"two") for a, b in pairs]
+    assert len({words.tobytes() for words in masks}) == 2 * len(pairs)
 
 
 def test_a_shared_grid_works() -> None:

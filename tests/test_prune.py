@@ -38,6 +38,15 @@ def test_weight_pruning_is_global_and_leaves_biases_and_the_original() -> None:
     assert not pruned[0]._forward_pre_hooks
 
 
+def test_norms_and_biases_are_never_pruned() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight.fill_(1e-6)
+    pruned = prune_weights(model, 0.5)
+    assert torch.equal(pruned[1].weight, model[1].weight)
+    assert sum(int((pruned[k].weight == 0).sum()) for k in (0, 2)) == 12 and sparsity(pruned) == 0.5
+
+
 def test_a_ratio_that_empties_a_layer_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     with torch.no_grad():

@@ -109,6 +109,9 @@ def test_what_no_grid_covers_stays_as_it_is() -> None:
     assert fake_quantize(bias, "int8") is bias
     assert quantized(bias.expand(3, 5), "int8", stacked=True).equal(bias.expand(3, 5))
     assert fake_quantize(kernel, "int4") is kernel
+    assert fake_quantize(kernel, "int8") is kernel  # three channels: the runtime is faster in float
+    wide = torch.randn(2, 4, 5, 5)
+    assert not fake_quantize(wide, "int8").equal(wide)
     assert fake_quantize(kernel, "fp32") is kernel
 
 

@@ -13,10 +13,10 @@ import pytest
 
 import fedlab_kit as fk
 from fedlab_kit.data import load
-from fedlab_kit.deployment.evaluate import with_rates
+from fedlab_kit.deployment.evaluate import evaluate, with_rates
 from fedlab_kit.deployment.fleet import choose, plan
 from fedlab_kit.deployment.registry import Registry
-from fedlab_kit.deployment.score import Model, main
+from fedlab_kit.deployment.score import Model, main, odd_rows, probabilities
 from fedlab_kit.files import StoreError
 
 NAMES = load("clinics").features
@@ -81,6 +81,18 @@ def test_a_row_that_cannot_be_scored_says_why_and_the_others_go_on(artifacts, pa
     ]
     assert [answer["class"] is None for answer in answers] == [False, True, True, False, True, False]
     assert {answer["problem"] for answer in model.score({name: ["?", "?"] for name in NAMES})} != {""}
+
+
+def test_a_value_is_odd_beyond_twenty_standard_deviations_either_way():
+    card = {"preprocess": {"mean": [1.0, -3.0], "std": [2.0, 0.5]}, "input": {"features": ["a", "b"]}}
+    usual = np.float32([[40.9, -3], [-38.9, -3], [1, 6.9], [1, -12.9]])
+    assert odd_rows(usual, card) == {}
+    odd = odd_rows(np.float32([[41.1, -3], [-39.1, -3], [1, 7.1], [1, -13.1], [1, -3]]), card)
+    assert [odd[row][:5] for row in range(4)] == ["a is ", "a is ", "b is ", "b is "] and 4 not in odd
+
+
+def test_probabilities_of_very_sure_answers_are_numbers():
+    assert probabilities(np.float32([[1000, 0], [-1000, -1000]])).tolist() == [[1, 0], [0.5, 0.5]]
 
 
 def test_wrong_columns_are_named(artifacts, patients):
@@ -174,6 +186,15 @@ def test_a_damaged_version_is_not_put_into_service(registry, damage):
     assert registry.current.number == 1 and len(registry.history) == 1
 
 
+def test_a_damaged_version_is_not_installed(registry, tmp_path):
+    registry.promote(1, "first")
+    for name in ("model.onnx", "model.onnx.json"):
+        shutil.copy(registry.version(3).path / name, registry.version(1).path / name)
+    with pytest.raises(StoreError, match="another artifact lies there"):
+        registry.install(tmp_path / "device")
+    assert not (tmp_path / "device").exists()
+
+
 def test_a_rollback_to_a_damaged_version_leaves_the_current_one(registry):
     registry.promote(1, "first")
     registry.promote(2, "second")
@@ -234,6 +255,8 @@ def test_each_class_of_devices_gets_what_fits_it(artifacts):
     )
     table = with_rates(points)
     assert {"auc", "sensitivity", "specificity", "lowest_accuracy", "lowest_site"} <= set(table.columns)
+    sites = evaluate(artifacts[0]).set_index("site").accuracy.drop("all")
+    assert table.lowest_accuracy[0] == sites.min() < sites.max() and sites[table.lowest_site[0]] == sites.min()
     smallest = int(table.bytes.min())
     chosen = plan(table, {"server": {}, "tablet": {"bytes": smallest, "sensitivity": 0.1}})
     assert chosen.loc["tablet"].bytes == smallest

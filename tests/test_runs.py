@@ -16,7 +16,7 @@ import torch
 import fedlab_kit as fk
 from fedlab_kit import __main__ as cli
 from fedlab_kit import catalog, runs
-from fedlab_kit.files import StoreError, write_bytes
+from fedlab_kit.files import StoreError, read_json, write_bytes, write_json
 from fedlab_kit.lab.canvas import human_bytes
 from fedlab_kit.runs import history
 from fedlab_kit.store import ClientFiles, RunFolder
@@ -227,7 +227,7 @@ def test_a_sweep_trains_what_cannot_be_told_once(monkeypatch):
 
 def _made_by_other_code(run, code):
     file = run.path / "experiment.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "code": code}))
+    write_json(file, {**read_json(file), "code": code})
 
 
 def test_a_run_of_older_code_is_listed_and_never_believed(monkeypatch, runs_folder):

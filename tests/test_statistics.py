@@ -1,10 +1,11 @@
 """Intervals against statsmodels' published formula, worked out by hand."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlab_kit.statistics import wilson
+from fedlab_kit.statistics import paired_loss, wilson
 
 
 def test_known_values():
@@ -32,3 +33,13 @@ def test_agrees_with_scipy():
 
     interval = binomtest(37, 91).proportion_ci(method="wilson")
     assert wilson(37, 91) == pytest.approx((interval.low, interval.high))
+
+
+def test_the_paired_interval_by_hand():
+    """Four lost and one gained among twenty; Agresti and Min add half a sample to each of the four cells."""
+    before, after = np.repeat([1, 0, 1], [4, 1, 15]) == 1, np.repeat([0, 1, 1], [4, 1, 15]) == 1
+    lost, gained, total = 4.5 / 22, 1.5 / 22, 22
+    half = 1.96 * ((lost + gained - (lost - gained) ** 2) / total) ** 0.5
+    assert paired_loss(before, after)[:3] == pytest.approx((3 / 20, 3 / 22 - half, 3 / 22 + half), abs=1e-4)
+    _, low, high, _ = paired_loss(after[:2], after[:2])
+    assert low < -0.4 and high > 0.4  # two patients prove nothing

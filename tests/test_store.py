@@ -18,6 +18,7 @@ import fedlab_kit as fk
 from fedlab_kit import catalog, files, runs
 from fedlab_kit.deployment.artifact import compress, load
 from fedlab_kit.deployment.registry import Registry
+from fedlab_kit.federation.task import task
 from fedlab_kit.files import StoreError, at, file_name, read_tensors, sweep_up, write_bytes, write_json, write_tensors
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.points import Points, said, table
@@ -421,7 +422,7 @@ def test_a_run_of_an_older_version_can_be_looked_at_and_not_gone_on_with(stopped
     about = json.loads((folder.path / "experiment.json").read_text())
     (folder.path / "experiment.json").write_text(json.dumps({k: v for k, v in about.items() if k != "seal"}))
     assert [len(run.records) for run in history()[0]] == [3]
-    assert len(folder.load(MOST)[1]) == 3
+    assert len(folder.load(task(MOST))[1]) == 3
     assert "older version" in goes_on(runs_folder, stopped)
 
 

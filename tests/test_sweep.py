@@ -189,3 +189,15 @@ def test_choose_says_what_is_missing():
         choose(TABLE, accuracy=0.99)
     with pytest.raises(ValueError, match=r"budget must name columns of the table .*, got 'size'"):
         choose(TABLE, size=1)
+
+
+def test_more_is_better_of_rates_and_less_of_costs():
+    rates = ["accuracy", "low", "throughput", "sensitivity", "specificity", "auc", "lowest_accuracy"]
+    costs = ["bytes", "zstd_bytes", "latency_ms", "flops", "parameters", "uplink_bytes", "downlink_bytes"]
+    table = pd.DataFrame({name: [1.0, 2.0] for name in rates + costs} | {"accuracy": [2.0, 2.0], "place": [0, 1]})
+    table.loc[1, "accuracy"] = 3.0
+    assert [int(choose(table, **{name: 1.5}).place) for name in costs] == [0] * len(costs)
+    table.loc[:, "accuracy"] = [3.0, 2.0]
+    assert [int(choose(table, **{name: 1.5}).place) for name in rates[1:]] == [1] * (len(rates) - 1)
+    with pytest.raises(ValueError, match="no point has accuracy at least 4"):
+        choose(table, accuracy=4)
