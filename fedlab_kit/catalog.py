@@ -564,6 +564,7 @@ _PARTS: tuple[tuple[Any, Callable[[Any], list[Any]]], ...] = (
     ((staticmethod, classmethod), lambda thing: [thing.__func__]),
     (functools.partial, lambda thing: [thing.func, thing.args, thing.keywords]),
     (functools._lru_cache_wrapper, lambda thing: [thing.__wrapped__]),
+    (weakref.ReferenceType, lambda thing: [thing()]),
     (_BY_TYPE, lambda thing: []),
     ((itemgetter, attrgetter, methodcaller), lambda thing: [thing.__reduce__()]),
     (pathlib.PurePath, lambda thing: [pathlib.PurePath.__str__(thing)]),

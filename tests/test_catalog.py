@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import fedlab_kit as fk
@@ -387,3 +388,25 @@ def test_the_digest_covers_the_modules_that_decide_weights() -> None:
         "compression/prune.py",
     } <= names
     assert not names & {"wire/secure.py", "run.py", "experiment.py", "lab/bench.py"}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.GRU(3, 4),
+        lambda: nn.LSTM(3, 4, bidirectional=True),
+        lambda: nn.MultiheadAttention(8, 2),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
+        lambda: nn.Embedding(5, 3),
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, momentum=None)),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)),
+        lambda: nn.ModuleDict({"a": nn.Conv2d(1, 2, 3), "b": nn.PReLU()}),
+    ],
+)
+def test_layers_of_every_kind_can_be_told_again(layer):
+    def made(seed):
+        torch.manual_seed(seed)
+        return catalog.fingerprint(layer())
+
+    assert made(1) == made(1) != made(2)

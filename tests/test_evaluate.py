@@ -236,4 +236,4 @@ def test_the_level_is_shared_by_the_hospitals():
     y, lost = split.y.numpy(), split.y.numpy().copy()
     lost[np.flatnonzero(split.site.numpy() == 0)[:5]] ^= 1  # p is 1/32: below 0.05, above a third of it
     table = compare(stand_in(y), {"small": stand_in(lost)})
-    assert list(table.verdict) == ["unclear", "fine", "fine", "hurt"] and table.p[0] == table.p[3] == 0.5**5
+    assert list(table.verdict) == ["unclear", "unclear", "unclear", "hurt"] and table.p[0] == table.p[3] == 0.5**5

@@ -35,11 +35,16 @@ def test_agrees_with_scipy():
     assert wilson(37, 91) == pytest.approx((interval.low, interval.high))
 
 
-def test_the_paired_interval_by_hand():
-    """Four lost and one gained among twenty; Agresti and Min add half a sample to each of the four cells."""
+def test_the_paired_interval_is_tangos():
+    """Four lost, one gained among twenty: at both ends the score, with the likeliest cells by search, is 1.96."""
     before, after = np.repeat([1, 0, 1], [4, 1, 15]) == 1, np.repeat([0, 1, 1], [4, 1, 15]) == 1
-    lost, gained, total = 4.5 / 22, 1.5 / 22, 22
-    half = 1.96 * ((lost + gained - (lost - gained) ** 2) / total) ** 0.5
-    assert paired_loss(before, after)[:3] == pytest.approx((3 / 20, 3 / 22 - half, 3 / 22 + half), abs=1e-4)
+    share, *ends, _ = paired_loss(before, after)
+    assert share == 3 / 20 and ends[0] < share < ends[1]
+    for end in ends:
+        gained = np.linspace(max(0, -end), (1 - end) / 2, 200_001)[1:-1]
+        likelihood = 4 * np.log(gained + end) + np.log(gained) + 15 * np.log(1 - 2 * gained - end)
+        best = gained[likelihood.argmax()]
+        score = (3 - 20 * end) / (20 * (2 * best + end * (1 - end))) ** 0.5
+        assert abs(score) == pytest.approx(1.96, abs=1e-3)
     _, low, high, _ = paired_loss(after[:2], after[:2])
     assert low < -0.4 and high > 0.4  # two patients prove nothing

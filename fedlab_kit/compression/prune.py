@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from threading import RLock
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 # Measured in onnxruntime: layers of 32 channels or more run in blocks, and with counts between the blocks a pruned
 # resnet is up to 1.7 times slower than the unpruned one; below that, rounding gains nothing.
 WIDE, MULTIPLE = 32, 8
+
+TURN = RLock()  # torch's exporter and pruner follow a model through state of the process: one thread at a time
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -114,7 +117,7 @@ def prune_channels(model: nn.Module, shape: Sequence[int], plan: ChannelPlan) ->
         pruned.get_submodule(name): 1 - (after + 0.5) / before for name, before, after in plan.rows if after < before
     }
     rest = [layer for layer in map(pruned.get_submodule, prunable(pruned)) if layer not in ratios]
-    with torch.enable_grad():
+    with TURN, torch.enable_grad():
         torch_pruning.pruner.BasePruner(
             pruned,
             torch.zeros(1, *shape),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from fedlab_kit import data
-from fedlab_kit.compression.prune import plan_channels, prune_channels, prune_weights
+from fedlab_kit.compression.prune import TURN, plan_channels, prune_channels, prune_weights
 from fedlab_kit.deployment import convert, measure
 from fedlab_kit.deployment.export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
@@ -75,28 +76,38 @@ class Artifact:
         return accuracy, interval
 
 
-def compress(run: Run, recipe: Recipe, folder: Path | str | None = None) -> Artifact:
+def compress(run: Run, recipe: Recipe, folder: Path | str | None = None, client: int | None = None) -> Artifact:
     """Prune, export, quantize, write, load back and measure; the files go to `folder` or the run's `artifacts/`.
 
-    The same run and recipe give the same bytes. Raises ValueError when the recipe or the model makes it impossible,
-    StoreError when a file cannot be written; nothing half-written stays behind.
+    The same run and recipe give the same bytes. Where clients keep their normalization to themselves, `client` says
+    whose model it is; its accuracy is then that on this client's part of the validation samples. Raises ValueError
+    when the recipe or the model makes it impossible, StoreError when a file cannot be written; nothing half-written
+    stays behind. Threads take turns, and so nobody's latency is measured beside another's export.
     """
-    model = prune(run.model, run.dataset.shape, recipe)
-    converted = _converted(run, recipe, model)
-    name = f"{file_name(run.experiment.model)}-{run.key[:8]}-{slug(recipe)}.onnx"
+    with TURN:
+        return _compress(run, recipe, folder, client)
+
+
+def _compress(run: Run, recipe: Recipe, folder: Path | str | None, client: int | None) -> Artifact:
+    original, held = _whose(run, client)
+    model = prune(original, run.dataset.shape, recipe)
+    converted = _converted(run, recipe, model, run.shards if client is None else [run.shards[client]])
+    whose = "" if client is None else f"client{client}-"
+    name = f"{file_name(run.experiment.model)}-{run.key[:8]}-{whose}{slug(recipe)}.onnx"
     path = at(folder or run.path / "artifacts") / name
     sweep_up(path.parent, "*.onnx*")
     try:
         write_bytes(path, converted.SerializeToString(deterministic=True))
         session = measure.open_session(path.read_bytes())
-        before, after = (sum(p.numel() for p in m.parameters()) for m in (run.model, model))
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (original, model))
         card = {
             **_origin(run, recipe),
+            "client": client,
             "parameters_before": before,
             "digest": hashlib.sha256(path.read_bytes()).hexdigest(),
             "measured": {
                 **_sizes(path),
-                **_behaviour(session, run.dataset.validation),
+                **_behaviour(session, held),
                 "sparsity": measure.sparsity(converted),
                 "parameters": after,
                 "flops": flops(model, run.dataset.shape),
@@ -151,12 +162,29 @@ def slug(recipe: Recipe) -> str:
     return "-".join([*pruning, recipe.dtype, *([recipe.quantization] if recipe.dtype == "int8" else [])])
 
 
-def _converted(run: Run, recipe: Recipe, model: nn.Module) -> Any:
-    """Export a pruned model and convert it, for static int8 with the ranges that all clients measured."""
+def _whose(run: Run, client: int | None) -> tuple[nn.Module, data.Split]:
+    """Return the model that is meant and the samples it is measured on."""
+    held, owner = run.dataset.validation, run.task.owner
+    if (owner is None) != (client is None):
+        raise ValueError(
+            f"client must be None where normalization is shared, got {client}"
+            if owner is None
+            else f"client must be 0 to {run.experiment.clients - 1} where each has a model of its own, got None"
+        )
+    if owner is None or client is None:
+        return run.model, held
+    model, mine = run.client_model(client), owner == client
+    if not mine.any():
+        raise ValueError(f"client {client} has no validation samples to measure a file on")
+    return model, data.Split(held.x[mine], held.y[mine])
+
+
+def _converted(run: Run, recipe: Recipe, model: nn.Module, shards: Sequence[Tensor]) -> Any:
+    """Export a pruned model and convert it, for static int8 with the ranges that the clients of `shards` measured."""
     dataset, ranges = run.dataset, None
     graph = export(model, dataset.preprocess, dataset.validation.x[:SAMPLES])
     if (recipe.dtype, recipe.quantization) == ("int8", "static"):
-        ranges = convert.calibrate(graph, [dataset.train.x[shard] for shard in run.shards])
+        ranges = convert.calibrate(graph, [dataset.train.x[shard] for shard in shards])
     return convert.convert(graph, recipe.dtype, ranges)
 
 
