@@ -182,7 +182,19 @@ class Experiment(Settings):
             raise ValueError(f"start must have model {self.model!r}, got {self.start.model!r}")
         if self.start_recipe is not None and (self.start is None or self.start_recipe.dtype != "fp32"):
             raise ValueError("start_recipe must come with a start and prune only (dtype fp32): training needs floats")
+        if 0 < self.mask_ratio < (begun := self._pruned_of()):
+            raise ValueError(
+                f"mask_ratio must be 0 or at least {begun:g}, what its start is pruned of: got {self.mask_ratio:g}"
+            )
+        if any(parent.normalization == "own" for parent in self.parents):
+            raise ValueError("normalization must be shared in a start or a teacher: each client has a model of its own")
         return self
+
+    def _pruned_of(self) -> float:
+        """Return the share of weights that is gone before round one."""
+        recipe = self.start_recipe
+        mine = recipe.prune_ratio if recipe is not None and recipe.prune == "weight" else 0.0
+        return 0.0 if self.start is None else max(mine, self.start.mask_ratio, self.start._pruned_of())
 
     @model_validator(mode="after")
     def _techniques_fit(self) -> Self:

@@ -1,0 +1,287 @@
+"""What combined techniques must keep: refused updates, liars, masks, state, threads, and a client's own layers."""
+
+import itertools
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import fedlab_kit as fk
+from fedlab_kit.federation import rounds as loop
+from fedlab_kit.federation.messages import seen
+from fedlab_kit.federation.server import start
+from fedlab_kit.federation.task import task
+from fedlab_kit.models import build
+from fedlab_kit.runs import parents_of
+from fedlab_kit.wire.frame import HEADER
+
+SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=4, lr=0.05)
+
+
+@fk.model
+def normed(shape, classes):
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))
+
+
+@fk.model
+def cumulative(shape, classes):
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, classes))
+
+
+class Body(nn.Module):
+    """A frozen body with a constant, dropout, and a head of which one part is tied to another."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body, self.norm = nn.Linear(6, 6).requires_grad_(False), nn.LayerNorm(6)
+        self.again, self.head = nn.Linear(6, 6), nn.Linear(6, classes)
+        self.twice = nn.Linear(6, 6)
+        self.twice.weight = self.again.weight
+        self.register_buffer("place", torch.linspace(0, 1, 6))
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.body(x) + self.place))
+        return self.head(nn.functional.dropout(torch.relu(self.twice(self.again(x))), 0.3, self.training))
+
+
+@fk.model
+def body(shape, classes):
+    return Body(classes)
+
+
+def made(experiment):
+    return task(experiment, parents_of(experiment))
+
+
+def played(experiment, exchange=loop.in_process, clients=None):
+    clients = {} if clients is None else clients
+    return list(loop.play(start(made(experiment)), clients, exchange=exchange))
+
+
+def forged(change):
+    """An exchange in which `change(round, client, payload)` may replace what a client sent."""
+
+    def exchange(job, round, broadcasts, kept, stop):
+        got = loop.in_process(job, round, broadcasts, kept, stop)
+        return got._replace(payloads={c: change(round, c, p) for c, p in got.payloads.items()})
+
+    return exchange
+
+
+HOW = [
+    {},
+    {"uplink": "topk", "uplink_keep": 0.1},
+    {"uplink": "sign", "rounding": "nearest"},
+    {"downlink": "int4"},
+    {"strategy": "scaffold"},
+    {"strategy": "fedadam"},
+    {"strategy": "feddf"},
+    {"strategy": "median"},
+    {"mask_ratio": 0.6, "mask_schedule": "dynamic"},
+]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("model", ["normed", "cumulative", "body"])
+def test_state_travels_exactly_and_the_rest_stays(model, how):
+    experiment = SMALL.replace(model=model, **how)
+    run = fk.train(experiment)
+    first = build(model, (6,), 3, experiment.seed)
+    trained = run.model
+    if model == "body":
+        assert torch.equal(trained.place, torch.linspace(0, 1, 6)) and trained.again.weight is trained.twice.weight
+        assert torch.equal(trained.body.weight, first.body.weight)
+        assert not torch.equal(trained.head.weight, first.head.weight)
+    else:
+        norm = trained[1]
+        assert bool((norm.running_var >= 0).all()) and norm.num_batches_tracked.dtype == torch.int64
+        assert norm.num_batches_tracked > 0
+
+
+@pytest.mark.parametrize("model", ["normed", "cumulative", "body"])
+def test_runs_repeat_bit_for_bit_resumed_or_not(model, tmp_path, monkeypatch):
+    experiment = SMALL.replace(model=model)
+    whole = fk.train(experiment)
+    monkeypatch.setenv("FEDLAB_RUNS", str(tmp_path / "other"))
+    stop = threading.Event()
+    fk.train(experiment, stop, lambda record: stop.set() if record.round == 2 else None)
+    rest = fk.train(experiment)
+    assert torch.equal(rest.weights, whole.weights) and torch.equal(rest.state, whole.state)
+
+
+def test_state_is_the_weighted_mean_of_what_the_clients_had():
+    experiment = SMALL.replace(model="normed", rounds=1, clients=3, clients_per_round=3)
+    job = task(experiment)
+    seen_states = {}
+
+    def watch(job, round, broadcasts, kept, stop):
+        for client in broadcasts:
+            got = loop.in_process(job, round, {client: broadcasts[client]}, {client: {}}, stop)
+            seen_states[client] = job.model.state
+        return loop.in_process(job, round, broadcasts, kept, stop) if got else got
+
+    state, _ = played(experiment, watch)[0]
+    counts = torch.tensor([job.samples(c) for c in range(3)]).double()
+    mean = sum(counts[c] * seen_states[c] for c in range(3)) / counts.sum()
+    torch.testing.assert_close(state.state[:-1], mean[:-1], rtol=1e-6, atol=1e-6)
+    assert state.state[-1] == mean[-1].round()
+
+
+@pytest.mark.parametrize("how", [h for h in HOW if h.get("strategy") != "median"])
+def test_what_was_refused_did_not_happen(how):
+    """A damaged payload leaves server and client as if that client had dropped out."""
+    experiment = SMALL.replace(clients=4, clients_per_round=4, **how)
+
+    def absent(job, round, broadcasts, kept, stop):
+        asked = {c: b for c, b in broadcasts.items() if (round, c) != (2, 1)}
+        return loop.in_process(job, round, asked, kept, stop)
+
+    there, here = {}, {}
+    damaged = played(experiment, forged(lambda r, c, p: p[:-3] if (r, c) == (2, 1) else p), there)
+    missing = played(experiment, absent, here)
+    assert damaged[1][1].refused[0][0] == 1 and 1 not in damaged[1][1].answered
+    assert torch.equal(damaged[-1][0].weights, missing[-1][0].weights)
+    assert {c: set(m) for c, m in there.items()} == {c: set(m) for c, m in here.items()}
+    assert all(torch.equal(there[c][name], here[c][name]) for c in there for name in there[c])
+
+
+def test_a_payload_of_nobodys_client_is_refused():
+    def stranger(job, round, broadcasts, kept, stop):
+        got = loop.in_process(job, round, broadcasts, kept, stop)
+        other = next(c for c in range(6) if c not in broadcasts)
+        return got._replace(payloads={**got.payloads, other: next(iter(got.payloads.values()))})
+
+    honest, with_stranger = played(SMALL), played(SMALL, stranger)
+    assert torch.equal(honest[-1][0].weights, with_stranger[-1][0].weights)
+    assert "nobody asked it" in with_stranger[0][1].refused[0][1]
+
+
+def claiming(payload, samples):
+    from zlib import crc32
+
+    number, flags, _, length, _ = HEADER.unpack_from(payload)
+    fields = HEADER.pack(number, flags, samples, length, 0)[:-4]
+    return fields + crc32(payload[HEADER.size :], crc32(fields)).to_bytes(4, "little") + payload[HEADER.size :]
+
+
+def test_nobody_owns_the_average_by_claiming_samples():
+    states = played(SMALL, forged(lambda r, c, p: claiming(p, 4_000_000_000) if r == 1 else p))
+    assert len(states[0][1].refused) == 4 and "it claims 4,000,000,000 samples and has" in states[0][1].refused[0][1]
+    assert torch.equal(states[0][0].weights, task(SMALL).initial)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "scaffold"])
+def test_an_absurd_update_is_refused_by_name_and_the_run_goes_on(strategy):
+    import numpy as np
+
+    def huge(round, client, payload):
+        if (round, client) != (1, victim):
+            return payload
+        body = np.frombuffer(payload[HEADER.size :], np.float32) * np.float32(1e25)
+        number, flags, samples, length, _ = HEADER.unpack_from(payload)
+        return claiming(HEADER.pack(number, flags, samples, length, 0) + body.tobytes(), samples)
+
+    experiment = SMALL.replace(strategy=strategy if strategy != "scaffold" else "fedavgm")
+    victim = played(experiment.replace(rounds=1))[0][1].cohort[0]
+    records = [record for _, record in played(experiment, forged(huge))]
+    assert records[0].refused[0][0] == victim and "times as long as the median" in records[0].refused[0][1]
+    assert len(records) == experiment.rounds and not records[-1].diverged
+
+
+def test_unlike_clients_are_not_called_liars():
+    experiment = SMALL.replace(clients=40, clients_per_round=20, alpha=0.05, local_epochs=10, rounds=6)
+    assert min(len(shard) for shard in task(experiment).shards) == 1
+    for strategy in ("fedavg", "scaffold"):
+        assert not any(record.refused for _, record in played(experiment.replace(strategy=strategy)))
+
+
+@pytest.mark.parametrize("schedule", ["gradual", "one-shot", "fixed"])
+@pytest.mark.parametrize("more", [{}, {"strategy": "fedavgm"}, {"privacy": "client", "noise_multiplier": 1.0}])
+def test_masks_only_grow_together(schedule, more):
+    begun = SMALL.replace(start=SMALL, start_recipe=fk.Recipe(prune_ratio=0.5), mask_ratio=0.8, mask_schedule=schedule,
+                          rounds=6, **more)  # fmt: skip
+    states = played(begun)
+    masks = [start(made(begun)).slots["mask"], *(state.slots["mask"] for state, _ in states)]
+    for before, after in itertools.pairwise(masks):
+        assert not bool((after & ~before).any())
+    for state, _ in states:
+        assert not bool(state.weights[~state.slots["mask"]].any())
+    where = torch.cat([torch.full((p.numel(),), p.ndim > 1) for p in states[0][0].job.model.module.parameters()])
+    assert int((~masks[-1] & where).sum()) == round(0.8 * int(where.sum()))
+
+
+def test_a_sparse_start_stays_sparse_without_being_asked():
+    parent = SMALL.replace(mask_ratio=0.7)
+    child = fk.train(SMALL.replace(start=parent))
+    gone = fk.train(parent).weights == 0
+    assert int(gone.sum()) > 0 and not bool(child.weights[gone].any())
+    with pytest.raises(ValueError, match=r"^mask_ratio must be 0 or at least 0\.7, "):
+        SMALL.replace(start=parent, mask_ratio=0.5)
+
+
+def test_a_clients_control_is_cut_where_the_mask_cuts():
+    clients = {}
+    states = played(SMALL.replace(strategy="scaffold", mask_ratio=0.7, clients_per_round=6, rounds=6), clients=clients)
+    mask = states[-1][0].slots["mask"]
+    told = seen(states[-1][0].job, 0, mask)
+    assert all(not bool(memory["control"][~told].any()) for memory in clients.values())
+
+
+def test_parents_are_treated_alike_by_rounds_and_train():
+    wild = SMALL.replace(lr=10.0, rounds=60, local_epochs=20)
+    for way in (fk.train, lambda experiment: list(fk.rounds(experiment))):
+        with pytest.raises(ValueError, match="the experiment that this one needs has diverged"):
+            way(SMALL.replace(teacher=wild))
+    student = SMALL.replace(teacher=SMALL.replace(seed=3))
+    assert [replace(r, seconds=0) for r in fk.rounds(student)] == [
+        replace(r, seconds=0) for r in fk.train(student).records
+    ]
+
+
+def test_own_normalization_never_leaves_a_client():
+    experiment = SMALL.replace(model="normed", dataset="blobs_at_sites", partition="site", clients=3,
+                               clients_per_round=3, normalization="own")  # fmt: skip
+    run, shared = fk.train(experiment), fk.train(experiment.replace(normalization="shared"))
+    assert run.records[0].uplink_bytes < shared.records[0].uplink_bytes
+    models = [run.client_model(client) for client in range(3)]
+    assert not torch.equal(models[0][1].running_mean, models[1][1].running_mean)
+    assert torch.equal(models[0][0].weight, models[1][0].weight)
+    held = run.dataset.validation
+    for client, model in enumerate(models):
+        mine = held.site == client
+        with torch.no_grad():
+            right = model(run.dataset.preprocess(held.x[mine])).argmax(1) == held.y[mine]
+        assert run.records[-1].correct[client] == int(right.sum()) and run.records[-1].total[client] == int(mine.sum())
+        assert run.client_accuracy()[0][client] == pytest.approx(float(right.double().mean()))
+    artifact = fk.compress(run, fk.Recipe(), client=1)
+    assert artifact.accuracy == pytest.approx(run.client_accuracy()[0][1])
+    with pytest.raises(ValueError, match="client must be 0 to 2 where each has a model of its own"):
+        fk.compress(run, fk.Recipe())
+    with pytest.raises(ValueError, match="normalization must be shared for model 'mlp'"):
+        fk.train(SMALL.replace(normalization="own"))
+
+
+def test_statistics_of_samples_do_not_leave_under_privacy():
+    for level in ("client", "record"):
+        with pytest.raises(ValueError, match=r"^privacy must be off for model 'normed', got .*BatchNorm.*GroupNorm"):
+            fk.train(SMALL.replace(model="normed", privacy=level))
+
+
+def test_threads_that_compress_get_what_one_alone_gets(tmp_path):
+    runs = [fk.train(SMALL.replace(model=model, rounds=1)) for model in ("mlp", "normed", "body", "logistic")]
+    alone = [fk.compress(run, fk.Recipe(dtype="int8"), tmp_path / "alone").digest for run in runs]
+    fk.deployment.export._skeletons.clear()
+    barrier, found = threading.Barrier(len(runs)), {}
+
+    def work(k):
+        barrier.wait()
+        found[k] = fk.compress(runs[k], fk.Recipe(dtype="int8"), tmp_path / "together").digest
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(runs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found.get(k) for k in range(len(runs))] == alone
