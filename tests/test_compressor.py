@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -225,3 +226,18 @@ def test_something_else_can_be_done_and_fail_in_words():
 
     compressor.do("Doing it.", broken)
     assert settle(compressor).status == "Error: cannot write there"
+
+
+def test_a_bench_with_a_run_under_way_does_not_keep_another_waiting(run):
+    """One prepares its exporter behind a long run, one is dragged without an end; a third gets its point."""
+    over = Event()
+    preparing, dragged, other = compressor_of(occupied=lambda: not over.is_set()), compressor_of(), compressor_of()
+    preparing.prepare(TINY)
+    dragged.ask(run, HALF, delay=3600.0)
+    other.ask(run, Recipe(dtype="fp16"))
+    settle(other)
+    assert recipes(other) == [Recipe(), Recipe(dtype="fp16")] and not other.error
+    assert preparing.busy and dragged.busy and recipes(dragged) == []
+    over.set()
+    dragged._due = 0.0
+    settle(preparing)

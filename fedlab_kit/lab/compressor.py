@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from threading import Event, Lock, main_thread
+from threading import Event, Lock, Timer, main_thread
 
 from fedlab_kit.deployment.artifact import Artifact, compress, load, slug
 from fedlab_kit.experiment import Experiment, Recipe
@@ -101,6 +101,14 @@ class Compressor:
             self._jobs += 1
         _WORKER.submit(self._guard, job, *arguments)
 
+    def _later(self, seconds: float, job: Callable[..., None], *arguments: object) -> None:
+        """Do a job after what others have asked for by then: nobody waits inside the worker that all benches share."""
+        with self._lock:
+            self._jobs += 1
+        timer = Timer(seconds, _WORKER.submit, (self._guard, job, *arguments))
+        timer.daemon = True
+        timer.start()
+
     def _guard(self, job: Callable[..., None], *arguments: object) -> None:
         try:
             job(*arguments)
@@ -115,8 +123,8 @@ class Compressor:
             self._news.set()
 
     def _answer(self) -> None:
-        while (left := self._due - time.monotonic()) > 0:
-            time.sleep(left)
+        if (left := self._due - time.monotonic()) > 0:
+            return self._later(left, self._answer)
         with self._lock:
             asked, self._asked = self._asked, None
         if asked is None:
@@ -170,19 +178,19 @@ class Compressor:
         current = self.points.current
         return f"{said(self.points.row(current))} {self._unstored}".rstrip() if current else NO_RUN
 
-    def _prepare(self, experiment: Experiment) -> None:
-        for part in PARTS:
-            self._give_way()
-            import_module(part)
-        self._give_way()
+    def _prepare(self, experiment: Experiment, parts: Sequence[str] = PARTS) -> None:
+        # Loading and exporting hold the interpreter that a run's rounds need, and the worker that other benches need:
+        # this gives way to both, part by part, and is needless once a point was asked for.
+        if self.points.current:
+            return None
+        if self._occupied() and self._asked is None and main_thread().is_alive():
+            return self._later(0.05, self._prepare, experiment, parts)
+        if parts:
+            import_module(parts[0])
+            return self._later(0.0, self._prepare, experiment, parts[1:])
         with tempfile.TemporaryDirectory() as folder, suppress(ValueError):  # what is wrong is said when it matters
             alone = experiment.replace(teacher=None, start=None, start_recipe=None)
             job = task(alone)
             untrained = Run(alone, Path(folder), (), {}, False, job.initial, job.initial_state, job.apart())
             compress(untrained, Recipe(dtype="int8"))
         self.say(self._outcome())
-
-    def _give_way(self) -> None:
-        """Let a run under way go first: loading and exporting hold the interpreter that its rounds need."""
-        while self._occupied() and self._asked is None and main_thread().is_alive():
-            time.sleep(0.05)
