@@ -156,7 +156,7 @@ def test_the_largest_entry_survives_the_unluckiest_draw(name: str, bucket: int) 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "ternary"])
 def test_the_largest_entry_is_right_on_average_though_its_scale_is_rounded(name: str) -> None:
-    """100.2 lies between two scales of two bytes, 100 and 100.5: cut off at the nearer, it would be 100 in every draw."""
+    """100.2 lies between the scales 100 and 100.5: cut off at the nearer, it would be 100 in every draw."""
     one, rng, vector = make(name, bucket=2), np.random.default_rng(0), torch.tensor([100.2, 0.0] * 20_000)
     back = one.decode(one.encode(vector, rng), len(vector))[::2].double()
     assert float(back.mean()) == pytest.approx(100.2, abs=5 * float(back.std()) / 20_000**0.5)
