@@ -144,8 +144,8 @@ def room(like: Tensor, *shape: int) -> Tensor:
 
 
 def on_lines(x: Tensor) -> Tensor:
-    """Return x [C, ...], copied to where each row begins at a cache line unless it is so laid out already."""
-    if x.stride(0) % LINE == 0 and x[0].is_contiguous():
+    """Return x [C, a, b], copied to where each matrix begins at a cache line unless it is so laid out already."""
+    if x.stride(0) % LINE == 0 and (x[0].is_contiguous() or x[0].t().is_contiguous()):
         return x
     return room(x, *x.shape).copy_(x)
 
