@@ -60,6 +60,7 @@ def train(
             for latest, record in play(state, folder.clients, stop, exchange):
                 state = latest
                 folder.commit(state, record)
+                folder.settle()  # a round that was told is on the disk
                 records.append(record)
                 tell(record)
             folder.describe(experiment, records, engine)

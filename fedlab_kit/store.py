@@ -3,8 +3,8 @@
 A folder holds `experiment.json` (what was asked; where, when and how long it ran), `records.jsonl` (one line a round),
 `state.safetensors` (all that the server remembers) and `clients/` (what each client keeps). The state is renamed
 into place last: it makes the round count. It carries the digests of the records up to its round and of every client's
-file, so that a flipped bit or a lost file is found when it is read, and said, never trained on. Bringing files to the
-disk takes as long as some rounds do, so a round is written while the next one trains.
+file, so that a flipped bit or a lost file is found when it is read, and said, never trained on. A round that was told
+is on the disk.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class RunFolder:
         self.describe(state.experiment, records, engine)
 
     def commit(self, state: ServerState, record: RoundRecord) -> None:
-        """Have one round written while the next one trains; `settle` waits for it, and so does the next commit."""
+        """Have one round written in another thread; `settle` waits for it, and so does the next commit."""
         self.settle()
         line = f"{json.dumps(record.to_dict())}\n".encode()
         self._digest.update(line)

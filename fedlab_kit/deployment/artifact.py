@@ -164,16 +164,17 @@ def slug(recipe: Recipe) -> str:
 
 def _whose(run: Run, client: int | None) -> tuple[nn.Module, data.Split]:
     """Return the model that is meant and the samples it is measured on."""
-    held, owner = run.dataset.validation, run.task.owner
-    if (owner is None) != (client is None):
+    held, own = run.dataset.validation, run.experiment.normalization == "own"
+    if own != (client is not None):
         raise ValueError(
-            f"client must be None where normalization is shared, got {client}"
-            if owner is None
-            else f"client must be 0 to {run.experiment.clients - 1} where each has a model of its own, got None"
+            f"client must be 0 to {run.experiment.clients - 1} where each has a model of its own, got None"
+            if own
+            else f"client must be None where normalization is shared, got {client}"
         )
-    if owner is None or client is None:
+    if client is None:
         return run.model, held
-    model, mine = run.client_model(client), owner == client
+    assert run.task.owner is not None  # where normalization is the clients' own
+    model, mine = run.client_model(client), run.task.owner == client
     if not mine.any():
         raise ValueError(f"client {client} has no validation samples to measure a file on")
     return model, data.Split(held.x[mine], held.y[mine])
