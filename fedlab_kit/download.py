@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
 import struct
@@ -70,19 +71,19 @@ def fetch(source: Source, file: str) -> Path:
     folder = os.environ.get("FEDLAB_DATA")
     local = ROOT / at(folder) / source.name / file if folder else None
     if local is not None and local.exists():
-        return _checked(local, source.md5[file])
+        return checked(local, source.md5[file])
     return _download(source, file)
 
 
-def bundled(file: str) -> Path:
-    """Return the path of one of the data files inside scikit-learn.
+def bundled(package: str, file: str) -> Path:
+    """Return the path of a data file inside an installed package, as `bundled("sklearn", "datasets/data/iris.csv")`.
 
-    scikit-learn itself is not imported: that takes a second. Raises DataError when it is not installed.
+    The package itself is not imported: that takes a second. Raises DataError when it is not installed.
     """
-    package = find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise DataError(f"{file} is part of scikit-learn: pip install scikit-learn")
-    return Path(package.origin).parent / "datasets" / "data" / file
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise DataError(f"{file} is part of {package}, which is not installed: run the set-up again")
+    return Path(found.origin).parent / file
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -107,11 +108,11 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
-def _checked(path: Path, md5: str) -> Path:
-    import pooch
-
+def checked(path: Path, md5: str) -> Path:
+    """Return the path of a file whose digest is the published one. Raises DataError when it is another, or none."""
     try:
-        found = pooch.file_hash(str(path), alg="md5")
+        with path.open("rb") as content:
+            found = hashlib.file_digest(content, "md5").hexdigest()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if found != md5:

@@ -6,6 +6,7 @@ documentation are all made from that one place.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
@@ -13,6 +14,9 @@ from pydantic import ValidationInfo, field_validator, model_validator
 from fedlab_kit.settings import Settings, knob
 
 SCHEMA = 1  # raised when the meaning of a stored field changes
+OVERLAP = frozenset(
+    {"mnist", "mnist_5k"}
+)  # they share pictures: one's training set holds the other's validation and test
 
 
 class Recipe(Settings):
@@ -186,9 +190,18 @@ class Experiment(Settings):
             raise ValueError(
                 f"mask_ratio must be 0 or at least {begun:g}, what its start is pruned of: got {self.mask_ratio:g}"
             )
+        for name in {one.dataset for one in self._ancestors()} - {self.dataset}:
+            if {name, self.dataset} <= OVERLAP:
+                raise ValueError(
+                    f"dataset must not share pictures with a parent's, which is {name!r}: got {self.dataset!r}"
+                )
         if any(parent.normalization == "own" for parent in self.parents):
             raise ValueError("normalization must be shared in a start or a teacher: each client has a model of its own")
         return self
+
+    def _ancestors(self) -> Iterator[Experiment]:
+        for parent in self.parents:
+            yield from (parent, *parent._ancestors())
 
     def _pruned_of(self) -> float:
         """Return the share of weights that is gone before round one."""

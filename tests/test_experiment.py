@@ -74,3 +74,17 @@ def test_every_field_describes_itself(owner):
         if span:  # a slider's range must be made of values that are accepted
             crowd = {"clients": 100} if name == "clients_per_round" else {}
             owner(**crowd, **{name: type(field.default)(span[1])})
+
+
+@pytest.mark.parametrize("shared", [("mnist", "mnist_5k"), ("mnist_5k", "mnist")])
+def test_a_parent_that_has_seen_this_data_sets_test_pictures_is_refused(shared):
+    """At whatever distance: a start's start, and a teacher's start too."""
+    seen, asked = shared
+    far = Experiment(dataset="digits", start=Experiment(dataset=seen))
+    teacher = Experiment(dataset=asked)
+    for parents in ({"start": far}, {"start": Experiment(dataset=seen)}):
+        with pytest.raises(ValueError, match=f"dataset must not share pictures .* {seen!r}: got {asked!r}"):
+            Experiment(dataset=asked, **parents)
+    with pytest.raises(ValueError, match="dataset must not share pictures"):
+        Experiment(dataset=asked, teacher=Experiment(dataset=asked, start=far))
+    assert Experiment(dataset=asked, teacher=teacher, start=teacher).parents == (teacher, teacher)

@@ -3,7 +3,7 @@
 import pytest
 
 import fedlab_kit as fk
-from fedlab_kit.data import load
+from fedlab_kit.data import SPLITS, load
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import start
 from fedlab_kit.federation.task import task
@@ -29,3 +29,10 @@ def test_2nn_reaches_97_percent_within_the_87_rounds_of_mcmahan_2017():
         if accuracy >= 0.97:
             break
     assert accuracy >= 0.97, f"after {state.round} rounds"
+
+
+@pytest.mark.usefixtures("_mnist")
+def test_mnist_5k_is_part_of_mnist() -> None:
+    whole, part = load("mnist"), load("mnist_5k")
+    known = {x.numpy().tobytes() for name in SPLITS for x in getattr(whole, name).x}
+    assert all(x.numpy().tobytes() in known for name in SPLITS for x in getattr(part, name).x)
