@@ -59,8 +59,7 @@ def train(
             folder.prepare(state, records, engine)
             for latest, record in play(state, folder.clients, stop, exchange):
                 state = latest
-                folder.commit(state, record)
-                folder.settle()  # a round that was told is on the disk
+                folder.commit(state, record)  # before it is told
                 records.append(record)
                 tell(record)
             folder.describe(experiment, records, engine)

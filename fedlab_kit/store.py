@@ -14,7 +14,6 @@ import json
 import os
 import platform
 from collections.abc import Iterator, MutableMapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -55,7 +54,6 @@ class RunFolder:
         self.clients = ClientFiles(self.path / "clients")
         self.state, self.log = self.path / "state.safetensors", self.path / "records.jsonl"
         self._digest = hashlib.sha256()  # of the records so far
-        self._writing: Future[None] | None = None
 
     @contextmanager
     def locked(self, stop: Event | None) -> Iterator[None]:
@@ -71,13 +69,10 @@ class RunFolder:
             lock = FileLock(self.path / ".lock", timeout=0.1)
             while True:
                 try:
-                    with lock, ThreadPoolExecutor(1) as self._disk:
+                    with lock:
                         for folder in (self.path, self.clients.folder, self.path / "artifacts"):
                             sweep_up(folder)
-                        try:
-                            yield
-                        finally:
-                            self.settle()
+                        yield
                     return
                 except Timeout:
                     if stop is not None and stop.is_set():
@@ -180,22 +175,10 @@ class RunFolder:
         self.describe(state.experiment, records, engine)
 
     def commit(self, state: ServerState, record: RoundRecord) -> None:
-        """Have one round written in another thread; `settle` waits for it, and so does the next commit."""
-        self.settle()
+        """Bring one round to the disk, each file before the next: the state that makes the round count is last."""
         line = f"{json.dumps(record.to_dict())}\n".encode()
         self._digest.update(line)
         files, replaced = self.clients.pack(state.round)
-        self._writing = self._disk.submit(self._write, line, files, self._packed(state), replaced)
-
-    def settle(self) -> None:
-        """Wait until the last round is on the disk. Raises StoreError when that did not take it."""
-        job, self._writing = self._writing, None
-        if job is not None:
-            job.result()
-            self.clients.fresh = {}
-
-    def _write(self, line: bytes, files: dict[Path, bytes], state: bytes, replaced: list[Path]) -> None:
-        """Bring each file to the disk before the next is begun: the state that makes the round count is last."""
         with writing(self.log), self.log.open("ab") as file:
             file.write(line)
         to_disk(self.log)
@@ -203,7 +186,7 @@ class RunFolder:
             write_bytes(path, content, listed=False)
         if files:
             to_disk(self.clients.folder)
-        write_bytes(self.state, state)
+        write_bytes(self.state, self._packed(state))
         for path in replaced:
             path.unlink(missing_ok=True)
 
@@ -237,20 +220,18 @@ class ClientFiles(MutableMapping[int, dict[str, Tensor]]):
 
     Files are named `<client>-<round>`, so that a kill in the middle of a round leaves what was true before it: `pack`
     names what changed and what that replaces once the round counts, `rewind` removes what came after a round that
-    counts. `fresh` is being written. `kept` has `<client>-<round>-<seal>` of each client's file and travels as
+    counts. `kept` has `<client>-<round>-<seal>` of each client's file and travels as
     `manifest` in the state; it is None when an older version wrote that, without.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.changed: dict[int, dict[str, Tensor]] = {}
-        self.fresh: dict[int, dict[str, Tensor]] = {}
         self.kept: dict[int, str] | None = {}
 
     def __getitem__(self, client: int) -> dict[str, Tensor]:
-        for recent in (self.changed, self.fresh):
-            if client in recent:
-                return recent[client]
+        if client in self.changed:
+            return self.changed[client]
         file, seal = self._file(self._known[client]), self._known[client].split("-")[2]
         memory, about = read_tensors(file)
         if about.get("seal") != seal:
@@ -283,7 +264,7 @@ class ClientFiles(MutableMapping[int, dict[str, Tensor]]):
             content, seal = pack_tensors(memory, {})
             self._known[client] = f"{client}-{round}-{seal}"
             files[self._file(self._known[client])] = content
-        self.changed, self.fresh = {}, self.changed
+        self.changed = {}
         return files, replaced
 
     def manifest(self) -> str:

@@ -1,6 +1,7 @@
 """What combined techniques must keep: refused updates, liars, masks, state, threads, and a client's own layers."""
 
 import itertools
+import shutil
 import threading
 from dataclasses import replace
 
@@ -287,3 +288,28 @@ def test_threads_that_compress_get_what_one_alone_gets(tmp_path):
     for thread in threads:
         thread.join()
     assert [found.get(k) for k in range(len(runs))] == alone
+
+
+def test_cells_answer_beside_a_bench_that_works(tmp_path):
+    """Whatever a notebook calls while a bench trains and exports gives what it gives alone, and so does the bench."""
+    run = fk.train(SMALL.replace(model="normed", rounds=1))
+    grid = {"prune_ratio": [0.0, 0.3], "dtype": ["fp32", "int8"]}
+    cells = {
+        "compress": lambda: fk.compress(run, fk.Recipe(prune="channel", prune_ratio=0.25), tmp_path / "own").digest,
+        "sweep": lambda: fk.sweep(run.experiment, grid)[["accuracy", "bytes", "note"]].to_dict(),
+        "check": lambda: fk.check("02-3", fk.Recipe(prune="channel", prune_ratio=0.6)),
+        "train": lambda: fk.train(SMALL.replace(model="body", rounds=2, seed=3)).accuracy,
+    }
+    alone = {name: cell() for name, cell in cells.items()}
+    together = {}
+    shutil.rmtree(run.path)
+    bench = fk.Bench(SMALL.replace(model="normed", rounds=3), fk.Recipe(prune_ratio=0.5, dtype="fp16"))
+    bench.run()
+    threads = [threading.Thread(target=lambda n=name: together.update({n: cells[n]()})) for name in cells]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    bench.run(block=True)
+    assert together == alone
+    assert bench.artifact.sparsity > 0.3 and "Error" not in bench.status
