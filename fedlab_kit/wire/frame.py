@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
-from zlib_ng.zlib_ng import crc32
 
 from fedlab_kit.catalog import is_built_in
 
