@@ -10,7 +10,7 @@ from benchmarks.harness import Row, fresh, mnist, parallel
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import start
 from fedlab_kit.federation.task import task
-from fedlab_kit.wire import ledger
+from fedlab_kit.wire import links
 
 SEEDS = (1, 2, 3)
 RATES = (0.05, 0.1, 0.2, 0.3, 0.4)
@@ -145,7 +145,7 @@ def reach(codec: str, lr: float, seed: int) -> Row:
     row = {"codec": codec, "lr": lr, "rounds": len(records)}
     row["up"] = sum(r.uplink_bytes for r in records) / 1e6
     row["down"] = sum(r.downlink_bytes for r in records) / 1e6
-    return row | {name: ledger.seconds(link, records) for name, link in ledger.LINKS.items()}
+    return row | {name: links.seconds(link, records) for name, link in links.LINKS.items()}
 
 
 def codec_cost() -> list[Row]:
@@ -194,7 +194,7 @@ def _table(rows: list[Row]) -> list[Row]:
                 "MB down": round(average["down"], 2),
                 "less up": round(whole["up"] / average["up"], 1),
                 "less both": round((whole["up"] + whole["down"]) / (average["up"] + average["down"]), 1),
-                **{f"s on {name}": round(average[name]) for name in ledger.LINKS},
+                **{f"s on {name}": round(average[name]) for name in links.LINKS},
             }
         )
     return table

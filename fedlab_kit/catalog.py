@@ -83,7 +83,6 @@ _SOURCES = {
     str(file.relative_to(pathlib.Path(__file__).parent)): file.read_bytes()  # now, while it is what is loaded
     for pattern in _DECIDES
     for file in sorted(pathlib.Path(__file__).parent.glob(pattern))
-    if file.name != "secure.py"
 }
 
 

@@ -387,7 +387,7 @@ def test_the_digest_covers_the_modules_that_decide_weights() -> None:
         "wire/frame.py",
         "compression/prune.py",
     } <= names
-    assert not names & {"wire/secure.py", "run.py", "experiment.py", "lab/bench.py"}
+    assert not names & {"run.py", "experiment.py", "lab/bench.py"}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fedlab_kit.federation.messages import open_payload
 from fedlab_kit.federation.server import broadcast, server_step, start
 from fedlab_kit.federation.strategies import mean_of_views
 from fedlab_kit.federation.task import task
-from fedlab_kit.wire.ledger import LINKS
+from fedlab_kit.wire.links import LINKS
 
 SITES = Experiment(
     dataset="blobs_at_sites", model="mlp", clients=3, clients_per_round=3, partition="site", rounds=4, lr=0.05

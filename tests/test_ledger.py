@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlab_kit.wire import make, pack
-from fedlab_kit.wire.ledger import LINKS, Link, seconds, table, until
+from fedlab_kit.wire.links import LINKS, Link, seconds, table, until
 
 LINE = Link("line", up=8_000, down=80_000, latency=0.5, source="made up: 1 kB/s up, 10 kB/s down")
 

@@ -15,8 +15,19 @@ from opacus.accountants import RDPAccountant
 from torch import Tensor, nn
 
 from fedlab_kit.wire import CODECS, make
-from fedlab_kit.wire.privacy import clip, epsilon, gaussian, noisy_mean, poisson_sample, private_gradient, spent
-from fedlab_kit.wire.secure import COMPATIBLE, from_grid, mask, to_grid
+from fedlab_kit.wire.privacy import (
+    COMPATIBLE,
+    clip,
+    epsilon,
+    from_grid,
+    gaussian,
+    mask,
+    noisy_mean,
+    poisson_sample,
+    private_gradient,
+    spent,
+    to_grid,
+)
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedlab_kit.federation.task import Task, chance
 from fedlab_kit.models import flops
-from fedlab_kit.wire.ledger import LINKS, Link
+from fedlab_kit.wire.links import LINKS, Link
 
 WIDTHS = (1.0, 0.5, 0.25, 0.125)
 """The shares of each hidden layer's units that a slice may have."""

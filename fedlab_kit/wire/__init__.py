@@ -1,10 +1,8 @@
-"""What travels between clients and server: payload codecs, the byte ledger and privacy."""
+"""What travels between clients and server: payload codecs, frames, links, and privacy."""
 
-from . import dense, sparse  # registers the built-in codecs
-from .bits import Bits, Exact
-from .codec import CODECS, Codec, codec, make
+from .bit_packing import NotFinite, PayloadError, finite
+from .codecs import CODECS, Bits, Codec, Exact, codec, make
 from .frame import compensate, pack, unpack, unpack_all, unpack_first
-from .steps import NotFinite, PayloadError, finite
 
 __all__ = [
     "CODECS",
@@ -15,11 +13,9 @@ __all__ = [
     "PayloadError",
     "codec",
     "compensate",
-    "dense",
     "finite",
     "make",
     "pack",
-    "sparse",
     "unpack",
     "unpack_all",
     "unpack_first",

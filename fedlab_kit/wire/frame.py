@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fedlab_kit.catalog import is_built_in
 
-from .codec import Codec
-from .steps import NotFinite, PayloadError, finite
+from .bit_packing import NotFinite, PayloadError, finite
+from .codecs import Codec
 
 HEADER = struct.Struct("<BBIII")
-_FIELDS = struct.Struct("<BBII")
+FIELDS = struct.Struct("<BBII")  # the header without the checksum over it
 ZSTD = 1  # flag: the body went through zstd
 
 
@@ -32,12 +32,22 @@ def pack(codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator
     `zstd` compresses the body where that makes it shorter. A codec that is not built in reads its own body back:
     ValueError names it and the method when that does not work, which is no fault of the payload or of the training.
     """
-    if not finite(vector):
-        raise NotFinite("the update holds NaN or infinity: lower the learning rate")
     body = _encoded(codec, vector, rng)
     if not is_built_in(type(codec)):
         _read_back(codec, body, vector.numel())
     return _frame(codec, body, samples, zstd)
+
+
+def compensate(
+    update: Tensor, residual: Tensor, codec: Codec, rng: np.random.Generator, *, samples: int, zstd: bool = False
+) -> tuple[bytes, Tensor]:
+    """Error feedback: send update + residual, keep what the codec lost (Karimireddy et al. 2019).
+
+    Returns (payload, new residual [P]). The residual belongs to one sender and is kept by client id. Errors: `pack`'s.
+    """
+    wanted = update + residual
+    body = _encoded(codec, wanted, rng)
+    return _frame(codec, body, samples, zstd), wanted - _read_back(codec, body, wanted.numel())
 
 
 def unpack(payload: bytes, codec: Codec, *, size: int) -> tuple[int, list[Tensor]]:
@@ -70,28 +80,10 @@ def unpack_first(payload: bytes, codec: Codec, *, size: int) -> tuple[Tensor, by
     return vector, payload[end:]
 
 
-def compensate(
-    update: Tensor,
-    residual: Tensor,
-    codec: Codec,
-    rng: np.random.Generator,
-    *,
-    samples: int,
-    zstd: bool = False,
-) -> tuple[bytes, Tensor]:
-    """Error feedback: send update + residual, keep what the codec lost (Karimireddy et al. 2019).
-
-    Returns (payload, new residual [P]). The residual belongs to one sender and is kept by client id. Errors: `pack`'s.
-    """
-    wanted = update + residual
-    if not finite(wanted):
-        raise NotFinite("the update holds NaN or infinity: lower the learning rate")
-    body = _encoded(codec, wanted, rng)
-    return _frame(codec, body, samples, zstd), wanted - _read_back(codec, body, wanted.numel())
-
-
 def _encoded(codec: Codec, vector: Tensor, rng: np.random.Generator) -> bytes:
-    """What a codec makes of a vector. ValueError, naming codec and method, unless it is a body that may be sent."""
+    """What a codec makes of a finite vector. ValueError, naming codec and method, unless it is a body to be sent."""
+    if not finite(vector):
+        raise NotFinite("the update holds NaN or infinity: lower the learning rate")
     if is_built_in(type(codec)):
         return codec.encode(vector, rng)
     size, limit = vector.numel(), codec.limit(vector.numel())
@@ -143,7 +135,7 @@ def _frame(codec: Codec, body: bytes, samples: int, zstd: bool) -> bytes:
 
         packed = zstandard.ZstdCompressor().compress(body)
         flags, body = (ZSTD, packed) if len(packed) < len(body) else (0, body)
-    fields = _FIELDS.pack(codec.id, flags, samples, len(body))
+    fields = FIELDS.pack(codec.id, flags, samples, len(body))
     return fields + crc32(body, crc32(fields)).to_bytes(4, "little") + body
 
 
@@ -164,20 +156,20 @@ def _read(payload: bytes, start: int, codec: Codec, size: int) -> tuple[Tensor, 
 
 def _body(payload: bytes, start: int, codec: Codec, size: int) -> tuple[bytes, int, int]:
     """The checked, plain body of the frame at `start`, its samples, and where the next frame begins."""
-    if len(payload) - start < HEADER.size:
+    first, limit = start + HEADER.size, codec.limit(size)
+    if len(payload) < first:
         raise PayloadError(f"truncated: {len(payload) - start} bytes are left, a header takes {HEADER.size}")
     number, flags, samples, length, checksum = HEADER.unpack_from(payload, start)
-    first, end = start + HEADER.size, start + HEADER.size + length
     if number != codec.id or flags not in (0, ZSTD):
         raise PayloadError(f"codec {number} with flags {flags} came, {codec.name} ({codec.id}) was agreed")
-    if length > codec.limit(size):
-        raise PayloadError(f"oversized: a body of {length} bytes, {codec.limit(size)} is the most")
-    if end > len(payload):
-        raise PayloadError(f"truncated: {length} bytes announced, {len(payload) - first} came")
-    body = payload[first:end]
-    if crc32(body, crc32(_FIELDS.pack(number, flags, samples, length))) != checksum:
+    if length > limit:
+        raise PayloadError(f"oversized: a body of {length} bytes, {limit} is the most")
+    body = payload[first : first + length]
+    if len(body) < length:
+        raise PayloadError(f"truncated: {length} bytes announced, {len(body)} came")
+    if crc32(body, crc32(payload[start : start + FIELDS.size])) != checksum:
         raise PayloadError("the checksum does not match")
-    return (_inflate(body, codec.limit(size)) if flags else body), samples, end
+    return (_inflate(body, limit) if flags else body), samples, first + length
 
 
 def _inflate(body: bytes, limit: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Differential privacy for clients or for records, and its price in epsilon.
+"""Differential privacy for clients or for records, its price in epsilon, and secure aggregation in miniature.
 
 Client level (McMahan et al. 2018): each client clips its update before the codec; the server clips what it decodes
 once more (a lossy codec can lengthen a vector), adds the noise to the sum and divides by a fixed number. Whoever sees
@@ -11,10 +11,14 @@ need be trusted with them. It suits a few large sites.
 Epsilon counts only if cohorts (or batches) are drawn by Poisson sampling. Noise and draws follow from the experiment's
 seed, so whoever knows it can take them back, and the noise is made of floating-point numbers (Mironov 2012): that is
 right for teaching and not for a release.
+
+Secure aggregation (Bonawitz et al. 2017): the server learns the sum of the updates and none of them. Here without key
+agreement and drop-outs, and the masks come from a generator that is not a cryptographic one.
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,36 +37,40 @@ NOISED, DERIVED, TRUSTED = "clipped and noised", "made of noised values alone", 
 REFUSED, OUTSIDE = "refused", "outside epsilon"
 
 
+def _always(experiment: Experiment, recipe: Recipe) -> bool:
+    return True
+
+
 class Leaving(NamedTuple):
-    """A kind of number that leaves a client: when, what becomes of it at client and at record level, its own frame?"""
+    """A kind of number that leaves a client: what becomes of it at client and at record level, when, its own frame?"""
 
     name: str
-    when: Callable[[Experiment, Recipe], bool]
     client: str
     record: str
+    when: Callable[[Experiment, Recipe], bool] = _always
     frame: bool = False
 
 
 LEAVES: tuple[Leaving, ...] = (
-    Leaving("update", lambda e, r: True, NOISED, NOISED, frame=True),
-    Leaving("control change", lambda e, r: e.strategy == "scaffold", REFUSED, DERIVED, frame=True),
+    Leaving("update", NOISED, NOISED, frame=True),
+    Leaving("control change", REFUSED, DERIVED, lambda e, r: e.strategy == "scaffold", frame=True),
     Leaving(
-        "gradient to grow by", lambda e, r: e.mask_ratio > 0 and e.mask_schedule == "dynamic", REFUSED, REFUSED, True
+        "gradient to grow by", REFUSED, REFUSED, lambda e, r: e.mask_ratio > 0 and e.mask_schedule == "dynamic", True
     ),
-    Leaving("running statistics", lambda e, r: e.privacy == "off", REFUSED, REFUSED),
-    Leaving("sample counts", lambda e, r: True, TRUSTED, OUTSIDE),  # in the header of every frame
-    Leaving("shard sizes", lambda e, r: True, OUTSIDE, OUTSIDE),
-    Leaving("label counts", lambda e, r: True, OUTSIDE, OUTSIDE),
-    Leaving("payload lengths", lambda e, r: True, OUTSIDE, DERIVED),
-    Leaving("who answered", lambda e, r: True, OUTSIDE, OUTSIDE),
-    Leaving("validation hits and losses", lambda e, r: True, OUTSIDE, OUTSIDE),
-    Leaving("normalization constants", lambda e, r: True, OUTSIDE, OUTSIDE),
-    Leaving("sites' sums and squares", lambda e, r: bool(load(e.dataset).sites), OUTSIDE, OUTSIDE),
-    Leaving("calibration ranges", lambda e, r: (r.dtype, r.quantization) == ("int8", "static"), OUTSIDE, OUTSIDE),
-    Leaving("local baselines", lambda e, r: e.partition == "site", OUTSIDE, OUTSIDE),
-    Leaving("public samples", lambda e, r: e.strategy == "feddf", REFUSED, OUTSIDE),
-    Leaving("the choice among runs", lambda e, r: True, OUTSIDE, OUTSIDE),
-    Leaving("the seed of noise and cohorts", lambda e, r: True, OUTSIDE, OUTSIDE),
+    Leaving("running statistics", REFUSED, REFUSED, lambda e, r: e.privacy == "off"),
+    Leaving("sample counts", TRUSTED, OUTSIDE),  # in the header of every frame
+    Leaving("shard sizes", OUTSIDE, OUTSIDE),
+    Leaving("label counts", OUTSIDE, OUTSIDE),
+    Leaving("payload lengths", OUTSIDE, DERIVED),
+    Leaving("who answered", OUTSIDE, OUTSIDE),
+    Leaving("validation hits and losses", OUTSIDE, OUTSIDE),
+    Leaving("normalization constants", OUTSIDE, OUTSIDE),
+    Leaving("sites' sums and squares", OUTSIDE, OUTSIDE, lambda e, r: bool(load(e.dataset).sites)),
+    Leaving("calibration ranges", OUTSIDE, OUTSIDE, lambda e, r: (r.dtype, r.quantization) == ("int8", "static")),
+    Leaving("local baselines", OUTSIDE, OUTSIDE, lambda e, r: e.partition == "site"),
+    Leaving("public samples", REFUSED, OUTSIDE, lambda e, r: e.strategy == "feddf"),
+    Leaving("the choice among runs", OUTSIDE, OUTSIDE),
+    Leaving("the seed of noise and cohorts", OUTSIDE, OUTSIDE),
 )
 """Every number that leaves a client, or is made of its samples where all can see it, under some settings."""
 
@@ -144,8 +152,8 @@ def private_gradient(
     total = gaussian(sum(p.numel() for p in parameters), noise_multiplier * norm, rng)
     for sample, label in zip(x.split(1), y.split(1), strict=True):
         loss = F.cross_entropy(module(sample), label)
-        slopes = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        flat = torch.cat([slope.reshape(-1) for slope in slopes]).to(total.device)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).to(total.device)
         total += clip(flat if flat.isfinite().all() else torch.zeros_like(flat), norm)
     return total / expected
 
@@ -192,3 +200,58 @@ def _renyi(noise_multiplier: float, rate: float) -> NDArray[np.float64]:
     from opacus.accountants.analysis import rdp
 
     return np.array(rdp.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=_ORDERS))
+
+
+Words = NDArray[np.uint32]
+
+
+def to_grid(update: Tensor, step: float, rng: np.random.Generator) -> Words:
+    """The update [P] as whole numbers of a `step` that all clients share, stochastically rounded, modulo 2**32."""
+    scaled = update.double().numpy() / step
+    return np.floor(scaled + rng.random(len(scaled))).astype(np.int64).astype(np.uint32)
+
+
+def from_grid(total: Words, step: float) -> Tensor:
+    """A sum of grid numbers as float32 [P]; right as long as the sum stays within 2**31 steps."""
+    return torch.from_numpy(total.view(np.int32) * step).float()
+
+
+def mask(words: Words, client: int, cohort: Sequence[int], round: int, secret: bytes) -> Words:
+    """What `client` sends: its words plus a random word for each pair it is in, with opposite signs for the two.
+
+    Modulo 2**32 the masked words are uniformly random, and in the sum over the whole cohort all masks cancel. `secret`
+    stands for the keys that each pair would agree on; somebody who drops out leaves a sum that is noise. Each `round`
+    has masks of its own: two messages under one mask tell their difference to anybody who subtracts them.
+    """
+    masked = words.copy()
+    for other in cohort:
+        if other != client:
+            pair = f"{round},{min(client, other)},{max(client, other)}".encode()
+            seed = int.from_bytes(hmac.digest(secret, pair, "sha256"), "little")
+            noise = np.random.default_rng(seed).integers(2**32, size=len(words), dtype=np.uint32)
+            masked = masked + noise if client < other else masked - noise
+    return masked
+
+
+class Compatible(NamedTuple):
+    """Whether a payload can be summed under masks, and why."""
+
+    works: bool
+    why: str
+
+
+_FLOATS = "masks cancel exactly in whole numbers only: a float mask large enough to hide rounds the update away"
+_SCALES = "every client has scales of its own, and codes on different scales do not add up; agree on one grid"
+_PLACES = "every client sends other positions, so slots do not match, and the positions tell what its data moved"
+_RANDOM = "masked words are uniformly random: there is nothing left to compress"
+_ONE_GRID = "whole numbers on one grid add up, masks and all; each takes room for the sum, so little is saved"
+
+COMPATIBLE: dict[str, Compatible] = {
+    "fp32": Compatible(False, _FLOATS),
+    "fp16": Compatible(False, "as fp32, and sooner"),
+    **dict.fromkeys(("int8", "int4", "ternary", "sign"), Compatible(False, _SCALES)),
+    **dict.fromkeys(("topk", "stc"), Compatible(False, _PLACES)),
+    "zstd": Compatible(False, _RANDOM),
+    "shared grid": Compatible(True, _ONE_GRID),
+}
+"""Codec or step -> whether it works together with secure aggregation."""

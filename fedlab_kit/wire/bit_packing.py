@@ -1,4 +1,4 @@
-"""The small steps that codecs are made of, each with its way back: digits, bits, positions, scales.
+"""The small steps that codecs are made of, each with its way back: digits, bits, positions, scales, counts.
 
 Everything here is numpy on whole arrays. A way back raises PayloadError when the bytes are not what the way
 out writes.
@@ -7,13 +7,11 @@ out writes.
 from __future__ import annotations
 
 from functools import cache
-from math import isfinite
+from math import isfinite, log2
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-
-Array = NDArray[np.generic]
 
 
 class PayloadError(ValueError):
@@ -32,49 +30,47 @@ def finite(vector: Tensor) -> bool:
     return isfinite(vector.sum()) or bool(np.isfinite(vector.numpy()).all())
 
 
-def pack_digits(digits: Array, base: int) -> bytes:
+def exactly(body: bytes, length: int) -> bytes:
+    """The body itself, if it is as long as it must be."""
+    if len(body) != length:
+        raise PayloadError(f"{length} bytes of values must come, got {len(body)}")
+    return body
+
+
+def pack_digits(digits: NDArray[np.generic], base: int) -> bytes:
     """Digits 0..base-1 as bytes, as many to a byte as fit: one of base 255, two of base 15, five of 3."""
-    width = _width(base)
+    width = digits_per_byte(base)
     padded = np.zeros(-(-len(digits) // width) * width, np.uint8)
     padded[: len(digits)] = digits
-    columns = padded.reshape(-1, width)
-    packed = columns[:, 0]
-    for column in range(1, width):
-        packed = packed * np.uint8(base) + columns[:, column]
+    columns = padded.reshape(-1, width).T
+    packed = columns[0]
+    for column in columns[1:]:
+        packed = packed * np.uint8(base) + column
     return packed.tobytes()
 
 
 def unpack_digits(body: bytes, base: int, size: int) -> NDArray[np.uint8]:
     """Exactly `size` digits of `pack_digits`."""
-    width = _width(base)
-    packed = np.frombuffer(exactly(body, digits_bytes(size, base)), np.uint8)
-    if packed.size and int(packed.max()) >= base**width:
-        raise PayloadError(f"a byte holds {packed.max()}, the most is {base**width - 1}")
-    digits = _digit_table(base)[packed].reshape(-1)
+    table = _digits_of_bytes(base)
+    packed = np.frombuffer(exactly(body, -(-size // table.shape[1])), np.uint8)
+    if packed.size and int(packed.max()) >= len(table):
+        raise PayloadError(f"a byte holds {packed.max()}, the most is {len(table) - 1}")
+    digits = table[packed].reshape(-1)
     if digits[size:].any():
         raise PayloadError("the padding after the values is not zero")
     return digits[:size]
 
 
-def digits_bytes(size: int, base: int) -> int:
-    """How many bytes `pack_digits` writes."""
-    return -(-size // _width(base))
-
-
-def _width(base: int) -> int:
+def digits_per_byte(base: int) -> int:
     """How many digits of a base fit into one byte."""
-    width = 1
-    while base ** (width + 1) <= 256:
-        width += 1
-    return width
+    return int(8 // log2(base))
 
 
 @cache
-def _digit_table(base: int) -> NDArray[np.uint8]:
+def _digits_of_bytes(base: int) -> NDArray[np.uint8]:
     """Row b holds the digits that byte b stands for."""
-    width = _width(base)
-    powers = base ** np.arange(width - 1, -1, -1)
-    return (np.arange(base**width)[:, None] // powers % base).astype(np.uint8)
+    width = digits_per_byte(base)
+    return (np.arange(base**width)[:, None] // base ** np.arange(width - 1, -1, -1) % base).astype(np.uint8)
 
 
 def unpack_bits(body: bytes, size: int) -> NDArray[np.uint8]:
@@ -83,13 +79,6 @@ def unpack_bits(body: bytes, size: int) -> NDArray[np.uint8]:
     if bits[size:].any():
         raise PayloadError("the padding after the bits is not zero")
     return bits[:size]
-
-
-def exactly(body: bytes, length: int) -> bytes:
-    """The body itself, if it is as long as it must be."""
-    if len(body) != length:
-        raise PayloadError(f"{length} bytes of values must come, got {len(body)}")
-    return body
 
 
 def pack_positions(positions: NDArray[np.int64], size: int) -> bytes:
@@ -131,7 +120,7 @@ def unpack_positions(body: bytes, count: int, size: int) -> tuple[NDArray[np.int
 def pack_scales(scales: NDArray[np.float32], *, up: bool) -> bytes:
     """Non-negative numbers as bfloat16, the range of float32 in two bytes, rounded up or to the nearest."""
     bits = scales.astype(np.float32).view(np.uint32).astype(np.int64)
-    rounded = (bits + (0xFFFF if up else 0x8000)) >> 16
+    rounded = (bits + (0xFFFF if up else 0x8000)) >> 16  # a half goes up, unlike in ml_dtypes and torch
     return np.minimum(rounded, 0x7F7F).astype("<u2").tobytes()
 
 
@@ -151,7 +140,7 @@ def pack_count(count: int) -> bytes:
     while count >= 128:
         head.append(count & 127 | 128)
         count >>= 7
-    return bytes(head) + bytes([count])
+    return bytes([*head, count])
 
 
 def unpack_count(body: bytes, most: int) -> tuple[int, int]:
