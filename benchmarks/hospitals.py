@@ -16,7 +16,7 @@ from benchmarks.harness import DataMissing, Row, parallel
 from fedlab_kit.clinic import Moments, gather
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import start
-from fedlab_kit.federation.task import Evaluation, task
+from fedlab_kit.federation.setup import Evaluation, task
 from fedlab_kit.hospitals import CLINICS, clinics, heart_hospitals, wards
 from fedlab_kit.personal import pooled
 from fedlab_kit.statistics import wilson

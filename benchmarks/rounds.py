@@ -17,7 +17,7 @@ import fedlab_kit as fk
 from benchmarks.harness import Row, fresh, mnist, peak_mb
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import select, start
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 
 JOB = fk.Experiment(dataset="mnist_6000", partition="iid", clients=100, rounds=20, lr=0.05)
 """100 clients of 60 samples, 10 per round, batch 10, one epoch, evaluation of 1,000 samples each round."""

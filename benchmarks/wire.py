@@ -9,7 +9,7 @@ import fedlab_kit as fk
 from benchmarks.harness import Row, fresh, mnist, parallel
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import start
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.wire import links
 
 SEEDS = (1, 2, 3)

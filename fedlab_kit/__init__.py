@@ -8,7 +8,7 @@ from fedlab_kit.data import Dataset, Preprocess, Split
 from fedlab_kit.deployment.artifact import Artifact, compress
 from fedlab_kit.deployment.fleet import choose
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab.exercises import check
 from fedlab_kit.lab.leaderboard import leaderboard
 from fedlab_kit.run import Run

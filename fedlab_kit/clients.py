@@ -6,8 +6,8 @@ import numpy as np
 
 from fedlab_kit.data import load
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.task import strata
+from fedlab_kit.federation.server import RoundRecord
+from fedlab_kit.federation.setup import strata
 from fedlab_kit.partition import label_counts, partition
 from fedlab_kit.statistics import Z95
 

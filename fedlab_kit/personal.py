@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.local import client_step
+from fedlab_kit.federation.client import client_step
 from fedlab_kit.federation.masking import first_mask
 from fedlab_kit.federation.messages import Broadcast, open_payload, pack_broadcast
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.runs import parents_of, train
 
 if TYPE_CHECKING:

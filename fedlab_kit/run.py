@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from fedlab_kit.clients import client_accuracy, client_names
 from fedlab_kit.data import Dataset, load
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.flat import FlatModel
-from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.server import answering, select
-from fedlab_kit.federation.task import Task
+from fedlab_kit.federation.flat_model import FlatModel
+from fedlab_kit.federation.server import RoundRecord, answering, select
+from fedlab_kit.federation.setup import Task
 from fedlab_kit.partition import partition
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire.privacy import Privacy, Releases, outside, spent

@@ -21,11 +21,10 @@ import torch
 from fedlab_kit import catalog
 from fedlab_kit.data import load
 from fedlab_kit.experiment import SCHEMA, Experiment
-from fedlab_kit.federation.flat import FlatModel
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.flat_model import FlatModel
 from fedlab_kit.federation.rounds import Exchange, in_process, play
-from fedlab_kit.federation.server import ServerState, start
-from fedlab_kit.federation.task import Parents, task
+from fedlab_kit.federation.server import RoundRecord, ServerState, start
+from fedlab_kit.federation.setup import Parents, task
 from fedlab_kit.files import ROOT, at, spare_folder
 from fedlab_kit.models import build
 from fedlab_kit.run import Run, StoredRun, status
@@ -117,7 +116,7 @@ def _outcome(run: Run) -> FlatModel:
 def _run(
     folder: RunFolder, state: ServerState, records: Sequence[RoundRecord], from_store: bool, unstored: str = ""
 ) -> Run:
-    model, job = (state.weights.cpu(), state.state), state.job.apart()
+    model, job = (state.weights.cpu(), state.state), state.task.apart()
     return Run(job.experiment, folder.path, tuple(records), folder.measured(), from_store, *model, job, unstored)
 
 

@@ -26,9 +26,8 @@ from torch import Tensor
 
 from fedlab_kit import catalog
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.server import ServerState, start
-from fedlab_kit.federation.task import Task
+from fedlab_kit.federation.server import RoundRecord, ServerState, start
+from fedlab_kit.federation.setup import Task
 from fedlab_kit.files import (
     StoreError,
     at,
@@ -96,7 +95,7 @@ class RunFolder:
         tensors = {name: tensor.to(job.experiment.device) for name, tensor in tensors.items()}
         if (weights := tensors.pop("weights", None)) is None:
             raise damaged(self.state, "the weights are gone")
-        return replace(start(job), round=len(records), weights=weights, slots=tensors), records
+        return replace(start(job), round=len(records), weights=weights, optimizer=tensors), records
 
     def whole(self) -> list[RoundRecord]:
         """Return the records of the whole rounds. Raises StoreError when they are not those that were written."""
@@ -192,7 +191,7 @@ class RunFolder:
 
     def _packed(self, state: ServerState) -> bytes:
         about = {"round": f"{state.round}", "records": self._digest.hexdigest(), "clients": self.clients.manifest()}
-        return pack_tensors({"weights": state.weights, **state.slots}, about)[0]
+        return pack_tensors({"weights": state.weights, **state.optimizer}, about)[0]
 
     def describe(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:
         """Write what was asked, and when, where, on what engine and in how many seconds it was measured."""

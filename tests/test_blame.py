@@ -16,7 +16,7 @@ from fedlab_kit.clients import client_accuracy, mean_over
 from fedlab_kit.data import SPLITS, Dataset, Preprocess, Split, load
 from fedlab_kit.deployment.evaluate import evaluate
 from fedlab_kit.deployment.score import Model
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab.client_pictures import accuracy_of_each
 from fedlab_kit.lab.clients import describe_clients
 from fedlab_kit.lab.compare import comparison

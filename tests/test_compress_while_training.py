@@ -18,7 +18,7 @@ from fedlab_kit.compression.quantize import quantized
 from fedlab_kit.federation import rounds as loop
 from fedlab_kit.federation.masking import adjusts, first_mask
 from fedlab_kit.federation.server import start
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.runs import parents_of
 from fedlab_kit.wire import make
 
@@ -49,8 +49,8 @@ def test_the_final_model_has_exactly_the_asked_share_of_zeros(schedule, model):
     state, _, _ = play(experiment)[-1]
     weights = state.weights[prunable(experiment)]
     assert int((weights == 0).sum()) >= round(0.8 * len(weights))
-    assert int((~state.slots["mask"]).sum()) == round(0.8 * len(weights))
-    assert not state.weights[~state.slots["mask"]].any()
+    assert int((~state.optimizer["mask"]).sum()) == round(0.8 * len(weights))
+    assert not state.weights[~state.optimizer["mask"]].any()
 
 
 def test_when_masks_change():
@@ -67,7 +67,7 @@ def test_when_masks_change():
 
 def test_gradual_pruning_never_lets_go_of_a_zero_and_follows_the_cubic():
     experiment = SMALL.replace(mask_ratio=0.9, rounds=10)
-    history = [(s.round, s.slots.get("mask")) for s, _, _ in play(experiment)]
+    history = [(s.round, s.optimizer.get("mask")) for s, _, _ in play(experiment)]
     total = int(prunable(experiment).sum())
     previous = torch.ones(made(experiment).model.layout.size, dtype=torch.bool)
     for number, mask in history:
@@ -79,11 +79,11 @@ def test_gradual_pruning_never_lets_go_of_a_zero_and_follows_the_cubic():
 
 def test_a_dynamic_mask_exchanges_weights_and_keeps_their_number():
     experiment = SMALL.replace(mask_ratio=0.8, mask_schedule="dynamic")
-    masks = [first_mask(made(experiment))] + [s.slots["mask"] for s, _, _ in play(experiment)]
+    masks = [first_mask(made(experiment))] + [s.optimizer["mask"] for s, _, _ in play(experiment)]
     counts = {int(mask.sum()) for mask in masks}
     assert len(counts) == 1
     assert (masks[0] != masks[-1]).any()
-    fixed = [s.slots["mask"] for s, _, _ in play(experiment.replace(mask_schedule="fixed"))]
+    fixed = [s.optimizer["mask"] for s, _, _ in play(experiment.replace(mask_schedule="fixed"))]
     assert all(torch.equal(mask, masks[0]) for mask in fixed)
 
 
@@ -123,7 +123,7 @@ def test_clients_who_dropped_out_are_told_the_mask_later():
     experiment = SMALL.replace(mask_ratio=0.7, dropout=0.5, rounds=10)
     state, _record, _clients = play(experiment)[-1]
     assert not any(record.refused for _, record, _ in play(experiment))
-    assert not state.weights[~state.slots["mask"]].any()
+    assert not state.weights[~state.optimizer["mask"]].any()
 
 
 @pytest.mark.parametrize("strategy", ["fedavgm", "fedadam", "scaffold"])
@@ -131,8 +131,8 @@ def test_what_the_strategy_remembers_is_cut_with_the_mask(strategy):
     experiment = SMALL.replace(mask_ratio=0.8, mask_schedule="one-shot", strategy=strategy)
     for state, _, _ in play(experiment):
         for name in ("velocity", "first", "second", "control"):
-            if name in state.slots and "mask" in state.slots and state.round == 5:
-                assert not state.slots[name][~state.slots["mask"]].any()
+            if name in state.optimizer and "mask" in state.optimizer and state.round == 5:
+                assert not state.optimizer[name][~state.optimizer["mask"]].any()
 
 
 # ---- start: the next experiment
@@ -285,11 +285,12 @@ def test_feddf_moves_the_average_towards_the_ensemble():
     averaged = play(experiment.replace(strategy="fedavg"))[-1][0].weights
     distilled = play(experiment)[-1][0].weights
     assert not torch.equal(averaged, distilled)
-    from fedlab_kit.federation.local import cohort_step
+    from fedlab_kit.federation.client import cohort_step
     from fedlab_kit.federation.messages import open_payload
     from fedlab_kit.federation.server import broadcast, select
 
-    messages, state = broadcast(start(experiment), select(experiment, 1), {})
+    state = start(experiment)
+    messages = broadcast(state, select(experiment, 1))
     payloads, _ = cohort_step(experiment, 1, messages, {c: {} for c in messages})
     clients = [state.weights + open_payload(job, 1, p, None).update for p in payloads.values()]
     public = job.dataset.public
@@ -446,7 +447,7 @@ def test_epsilon_of_a_run():
 
 
 def test_a_poisoned_update_moves_the_mean_and_not_the_median():
-    from fedlab_kit.federation.strategies import mean, median
+    from fedlab_kit.federation.aggregate import mean, median
 
     honest = [
         torch.tensor([1.0, -1.0]),

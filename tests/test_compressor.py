@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab import compressor as module
 from fedlab_kit.lab.compressor import NO_RUN, Compressor

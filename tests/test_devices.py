@@ -8,12 +8,12 @@ from torch import nn
 
 from fedlab_kit import Experiment, rounds
 from fedlab_kit.federation import devices
-from fedlab_kit.federation.devices import DEVICES, Device, lateness, seconds, slice_of, view, width
-from fedlab_kit.federation.local import cohort_step
+from fedlab_kit.federation.aggregate import mean_of_slices
+from fedlab_kit.federation.client import cohort_step
+from fedlab_kit.federation.devices import DEVICES, Device, client_mask, lateness, seconds, slice_mask, width
 from fedlab_kit.federation.messages import open_payload
 from fedlab_kit.federation.server import broadcast, server_step, start
-from fedlab_kit.federation.strategies import mean_of_views
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.wire.links import LINKS
 
 SITES = Experiment(
@@ -36,7 +36,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def round_of(experiment: Experiment, ids: list[int]) -> tuple[dict[int, bytes], dict[int, bytes]]:
-    messages, _ = broadcast(start(experiment), ids, {})
+    messages = broadcast(start(experiment), ids)
     payloads, _ = cohort_step(experiment, 1, messages, {key: {} for key in ids})
     return messages, payloads
 
@@ -46,7 +46,7 @@ def round_of(experiment: Experiment, ids: list[int]) -> tuple[dict[int, bytes], 
 
 def test_a_slice_by_hand() -> None:
     """A 2-4-3 network at half width: two hidden units, all inputs, all three outputs."""
-    mask = slice_of(((4, 2), (4,), (3, 4), (3,)), 0.5).int()
+    mask = slice_mask(((4, 2), (4,), (3, 4), (3,)), 0.5).int()
     hidden, bias, output, last = mask.split([8, 4, 12, 3])
     assert hidden.view(4, 2).tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
     assert bias.tolist() == [1, 1, 0, 0]
@@ -56,21 +56,21 @@ def test_a_slice_by_hand() -> None:
 
 def test_a_flattened_channel_is_a_run_of_columns() -> None:
     """One channel of two stays; each has 4 pixels, so the linear layer keeps its first 4 columns of 8."""
-    mask = slice_of(((2, 1, 3, 3), (2,), (5, 8), (5,)), 0.5).int()
+    mask = slice_mask(((2, 1, 3, 3), (2,), (5, 8), (5,)), 0.5).int()
     kernel, bias, linear, last = mask.split([18, 2, 40, 5])
     assert kernel.view(2, 9).tolist() == [[1] * 9, [0] * 9] and bias.tolist() == [1, 0]
     assert linear.view(5, 8).tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]] * 5 and last.tolist() == [1] * 5
 
 
 def test_a_model_of_one_layer_has_no_narrow_slice() -> None:
-    assert slice_of(((2, 6), (2,)), 0.125).all()
+    assert slice_mask(((2, 6), (2,)), 0.125).all()
 
 
 def test_slices_are_averaged_by_hand() -> None:
     """Entry 0 is held by both (1 and 3 samples), entry 1 by the second alone, entry 2 by nobody."""
     updates = [torch.tensor([4.0, 0, 0]), torch.tensor([8.0, 6, 0])]
     views = [torch.tensor([1, 0, 0]).bool(), torch.tensor([1, 1, 0]).bool()]
-    mean, held = mean_of_views(updates, [1, 3], views)
+    mean, held = mean_of_slices(updates, [1, 3], views)
     assert mean.tolist() == [7.0, 6.0, 0.0] and held.tolist() == [True, True, False]
 
 
@@ -78,14 +78,14 @@ def test_slices_are_averaged_by_hand() -> None:
 def test_a_slice_trains_as_the_narrow_model_would() -> None:
     """Against plain PyTorch: the mlp's first 64 and 32 units as a network of their own, same batches, same steps."""
     job, client = task(SLICED), 1
-    mask = view(job, client)
+    mask = client_mask(job, client, None)
     assert width(job, client) == 0.5 and mask is not None
     narrow = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
     parts = job.initial[mask].split([p.numel() for p in narrow.parameters()])
     with torch.no_grad():
         for parameter, values in zip(narrow.parameters(), parts, strict=True):
             parameter.copy_(values.view_as(parameter))
-    from fedlab_kit.federation.descent import plan
+    from fedlab_kit.federation.client import plan
 
     optimizer = torch.optim.SGD(narrow.parameters(), lr=SLICED.lr)
     for batch in plan(job, 1, client):
@@ -105,7 +105,7 @@ def test_a_payload_holds_the_slice_alone() -> None:
     job = task(SLICED)
     messages, payloads = round_of(SLICED, [0, 1, 2])
     for client in range(3):
-        mask = view(job, client)
+        mask = client_mask(job, client, None)
         held = job.model.layout.size if mask is None else int(mask.sum())
         assert len(payloads[client]) == 14 + 4 * held and len(messages[client]) == 15 + 4 * held
     record = next(rounds(SLICED))
@@ -121,10 +121,10 @@ def test_the_server_keeps_its_own_value_where_nobody_contributed(strategy: str) 
     job, state = task(experiment), start(experiment)
     for ids in ([0, 1, 2], [2]):
         before = state.weights
-        messages, state = broadcast(state, ids, {})
+        messages = broadcast(state, ids)
         payloads, _ = cohort_step(experiment, state.round + 1, messages, {key: {} for key in ids})
-        state, _ = server_step(state, payloads)
-    mask = view(job, 2)
+        state, _ = server_step(state, messages, payloads)
+    mask = client_mask(job, 2, None)
     assert mask is not None
     assert torch.equal(state.weights[~mask], before[~mask]) and not torch.equal(state.weights[mask], before[mask])
 
@@ -216,9 +216,9 @@ def test_a_hospital_may_join_late_and_another_leave() -> None:
     """South joins in round three, north leaves after round four: each round is made of those who are there."""
     state, kept = start(SITES.replace(rounds=6)), {client: {} for client in range(3)}
     for present in ([0, 2], [0, 2], [0, 1, 2], [0, 1, 2], [1, 2], [1, 2]):
-        messages, state = broadcast(state, present, {})
+        messages = broadcast(state, present)
         payloads, after = cohort_step(state.experiment, state.round + 1, messages, kept)
         kept |= after
-        state, record = server_step(state, payloads)
+        state, record = server_step(state, messages, payloads)
         assert record.answered == tuple(present) and record.loss is not None
     assert record.accuracy > 0.6

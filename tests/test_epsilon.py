@@ -15,9 +15,8 @@ from opacus.accountants import RDPAccountant
 import fedlab_kit as fk
 from fedlab_kit import catalog
 from fedlab_kit.data import SPLITS, Dataset, Split, load
-from fedlab_kit.federation import local, messages
-from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.server import broadcast, start
+from fedlab_kit.federation import client, messages
+from fedlab_kit.federation.server import RoundRecord, broadcast, start
 from fedlab_kit.lab.report import measured
 from fedlab_kit.lab.wording import outcome
 from fedlab_kit.partition import partition
@@ -253,8 +252,7 @@ def combinations() -> list[fk.Experiment]:
 
 def sent(experiment: fk.Experiment, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Train one client for a round and return the vector of each frame that it sends."""
-    state = start(experiment)
-    told, _ = broadcast(state, [0], {0: None})
+    message = broadcast(start(experiment), [0])[0]
     frames: list[torch.Tensor] = []
     pack, compensate = messages.pack, messages.compensate
     with monkeypatch.context() as patch:
@@ -264,7 +262,7 @@ def sent(experiment: fk.Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tor
         patch.setattr(
             messages, "compensate", lambda update, *a, **how: frames.append(update) or compensate(update, *a, **how)
         )
-        payload, _ = local.client_step(experiment, 1, 0, told[0], {})
+        payload, _ = client.client_step(experiment, 1, 0, message, {})
     assert payload
     return frames
 
@@ -315,7 +313,7 @@ def test_every_figure_of_a_round_and_of_an_answer_is_in_the_table() -> None:
         "state": "running statistics",
     }  # fmt: skip
     assert set(told) == {field.name for field in dataclasses.fields(RoundRecord)}
-    assert set(answer) == set(messages.Answer._fields)
+    assert set(answer) == set(messages.ClientUpdate._fields)
     assert {*told.values(), *answer.values()} - {None} <= names
 
 

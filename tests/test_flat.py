@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedlab_kit.federation.flat import FlatModel, variances
+from fedlab_kit.federation.flat_model import FlatModel
 
 X = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
 
@@ -20,7 +20,7 @@ def test_parameters_state_and_nothing_else():
     assert flat.layout.size == 6 + 3 + 3 + 3 + 3 + 1 and flat.layout.slices[0] == slice(0, 6)
     assert flat.state_layout.names == ("1.running_mean", "1.running_var", "1.num_batches_tracked")
     assert flat.whole.tolist() == [False] * 6 + [True]
-    assert variances(flat.state_layout).tolist() == [False] * 3 + [True] * 3 + [False]
+    assert flat.variances.tolist() == [False] * 3 + [True] * 3 + [False]
     assert flat.norms == {"1.weight", "1.bias"}
 
 

@@ -13,7 +13,7 @@ import torch
 import fedlab_kit as fk
 from fedlab_kit import runs
 from fedlab_kit.federation import rounds as loop
-from fedlab_kit.federation.local import client_step, cohort_step
+from fedlab_kit.federation.client import client_step, cohort_step
 from fedlab_kit.federation.server import start
 
 pytest.importorskip("flwr", reason='needs Flower: pip install -c constraints.txt -e ".[scale]"')

@@ -11,9 +11,9 @@ from torch import nn
 
 import fedlab_kit as fk
 from fedlab_kit.federation import rounds as loop
-from fedlab_kit.federation.messages import seen
+from fedlab_kit.federation.devices import client_mask
 from fedlab_kit.federation.server import start
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.models import build
 from fedlab_kit.runs import parents_of
 from fedlab_kit.wire.frame import HEADER
@@ -204,12 +204,12 @@ def test_masks_only_grow_together(schedule, more):
     begun = SMALL.replace(start=SMALL, start_recipe=fk.Recipe(prune_ratio=0.5), mask_ratio=0.8, mask_schedule=schedule,
                           rounds=6, **more)  # fmt: skip
     states = played(begun)
-    masks = [start(made(begun)).slots["mask"], *(state.slots["mask"] for state, _ in states)]
+    masks = [start(made(begun)).optimizer["mask"], *(state.optimizer["mask"] for state, _ in states)]
     for before, after in itertools.pairwise(masks):
         assert not bool((after & ~before).any())
     for state, _ in states:
-        assert not bool(state.weights[~state.slots["mask"]].any())
-    where = torch.cat([torch.full((p.numel(),), p.ndim > 1) for p in states[0][0].job.model.module.parameters()])
+        assert not bool(state.weights[~state.optimizer["mask"]].any())
+    where = torch.cat([torch.full((p.numel(),), p.ndim > 1) for p in states[0][0].task.model.module.parameters()])
     assert int((~masks[-1] & where).sum()) == round(0.8 * int(where.sum()))
 
 
@@ -225,9 +225,9 @@ def test_a_sparse_start_stays_sparse_without_being_asked():
 def test_a_clients_control_is_cut_where_the_mask_cuts():
     clients = {}
     states = played(SMALL.replace(strategy="scaffold", mask_ratio=0.7, clients_per_round=6, rounds=6), clients=clients)
-    mask = states[-1][0].slots["mask"]
-    told = seen(states[-1][0].job, 0, mask)
-    assert all(not bool(memory["control"][~told].any()) for memory in clients.values())
+    mask = states[-1][0].optimizer["mask"]
+    held = client_mask(states[-1][0].task, 0, mask)
+    assert all(not bool(memory["control"][~held].any()) for memory in clients.values())
 
 
 def test_parents_are_treated_alike_by_rounds_and_train():

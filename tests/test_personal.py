@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedlab_kit import Experiment, train
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.personal import alone, pooled, side_by_side
 
 SITES = Experiment(
@@ -16,7 +16,7 @@ SITES = Experiment(
 
 def test_alone_is_a_federation_of_one() -> None:
     """Played by hand: each round the client trains on from its own last weights, by plain SGD on the same batches."""
-    from fedlab_kit.federation.descent import plan
+    from fedlab_kit.federation.client import plan
 
     job, model = task(SITES), task(SITES).model
     model.weights.copy_(job.initial)

@@ -6,7 +6,7 @@ import fedlab_kit as fk
 from fedlab_kit.data import SPLITS, load
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import start
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 
 from fedlab_kit import Experiment, rounds
 from fedlab_kit.federation import rounds as loop
-from fedlab_kit.federation.descent import plan
-from fedlab_kit.federation.local import client_step, cohort_step
+from fedlab_kit.federation.client import client_step, cohort_step, plan
 from fedlab_kit.federation.server import answering, broadcast, select, server_step, start
-from fedlab_kit.federation.task import chance, task
+from fedlab_kit.federation.setup import rng_for, task
 
 SMALL = Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=3, lr=0.05, batch_size=7)
 
@@ -76,7 +75,7 @@ def test_fast_and_general_paths_agree(strategy, dataset, fast, general):
 
 def test_a_client_alone_equals_the_same_client_in_its_cohort():
     state, experiment = start(SMALL), SMALL
-    messages, _ = broadcast(state, select(experiment, 1), {})
+    messages = broadcast(state, select(experiment, 1))
     together, _ = cohort_step(experiment, 1, messages, {c: {} for c in messages})
     for client, message in messages.items():
         alone, _ = client_step(experiment, 1, client, message, {})
@@ -164,15 +163,15 @@ def test_divergence_ends_the_run_with_a_clear_word(model):
 
 def test_a_damaged_payload_is_refused_by_client_and_reason():
     state = start(SMALL)
-    messages, state = broadcast(state, select(SMALL, 1), {})
+    messages = broadcast(state, select(SMALL, 1))
     payloads, _ = cohort_step(SMALL, 1, messages, {c: {} for c in messages})
     bad, *good = sorted(payloads)
     flipped = bytearray(payloads[bad])
     flipped[40] ^= 1
-    after, record = server_step(state, {**payloads, bad: bytes(flipped)})
+    after, record = server_step(state, messages, {**payloads, bad: bytes(flipped)})
     assert record.refused == ((bad, "the checksum does not match"),)
     assert record.answered == tuple(good)
-    expected, _ = server_step(state, {client: payloads[client] for client in good})
+    expected, _ = server_step(state, messages, {client: payloads[client] for client in good})
     assert torch.equal(after.weights, expected.weights)
 
 
@@ -194,12 +193,12 @@ def test_scaffold_controls_follow_the_paper():
     state, record = next(loop.play(start(experiment), clients))
     job = task(experiment)
     for client in record.cohort:
-        plain, _ = client_step(SMALL, 1, client, broadcast(start(SMALL), [client], {})[0][client], {})
+        plain, _ = client_step(SMALL, 1, client, broadcast(start(SMALL), [client])[client], {})
         update = torch.from_numpy(np.frombuffer(plain[14:], np.float32).copy())
         steps = len(plan(job, 1, client))
         torch.testing.assert_close(clients[client]["control"], -update / (steps * 0.05), rtol=1e-3, atol=1e-5)
     expected = sum(memory["control"] for memory in clients.values()) / experiment.clients
-    torch.testing.assert_close(state.slots["control"], expected)
+    torch.testing.assert_close(state.optimizer["control"], expected)
 
 
 def test_server_optimizers_take_the_published_first_step():
@@ -213,7 +212,7 @@ def test_server_optimizers_take_the_published_first_step():
 
 def test_chance_tells_purposes_rounds_and_clients_apart():
     draws = {
-        chance(SMALL, purpose, *where).integers(2**60)
+        rng_for(SMALL, purpose, *where).integers(2**60)
         for purpose in ("batches", "encode")
         for where in [(1, 2), (2, 1), (1,), (2,)]
     }

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedlab_kit.compression.distill import hard_slope
-from fedlab_kit.federation.layers import room
-from fedlab_kit.federation.stacked import Stack
+from fedlab_kit.federation.fast_path import Stack, empty_aligned
 
 IMAGE = (1, 28, 28)
 MODELS = {
@@ -285,7 +284,7 @@ def test_a_clients_weights_do_not_depend_on_how_many_are_trained_with_it(shape, 
     x, y = torch.randn(4, batch, *shape), torch.randint(0, classes, (4, batch))
 
     def trained(first, last):
-        weights = room(start, last - first, len(start)).copy_(start)
+        weights = empty_aligned(start, last - first, len(start)).copy_(start)
         for _ in range(3):
             stack.step(weights, x[first:last], lambda logits: hard_slope(logits, y[first:last]) / batch, 0.1)
         return weights

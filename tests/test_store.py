@@ -18,7 +18,7 @@ import fedlab_kit as fk
 from fedlab_kit import catalog, files, runs
 from fedlab_kit.deployment.artifact import compress, load
 from fedlab_kit.deployment.registry import Registry
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.files import StoreError, at, file_name, read_tensors, sweep_up, write_bytes, write_json, write_tensors
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.points import Points, said, table

@@ -17,7 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fedlab_kit as fk
 from fedlab_kit.data import load
-from fedlab_kit.federation.task import chance  # the only thing that is not public: who draws what from which seed
+from fedlab_kit.federation.setup import rng_for  # the only thing that is not public: who draws what from which seed
 from fedlab_kit.models import build
 
 
@@ -100,7 +100,7 @@ class Textbook:
 
     def sgd(self, round, client):
         """One function from weights to gradient for each batch: every epoch a new order, the last batch shorter."""
-        shard, rng = self.shards[client], chance(self.e, "batches", round, client)
+        shard, rng = self.shards[client], rng_for(self.e, "batches", round, client)
         for _ in range(self.e.local_epochs):
             order = torch.from_numpy(rng.permutation(shard))
             for index in order.split(self.e.batch_size):
@@ -108,7 +108,7 @@ class Textbook:
 
     def dp_sgd(self, round, client):
         """Abadi et al. 2016: Poisson batches, each sample's gradient clipped, noise on the sum, a fixed divisor."""
-        e, shard, rng = self.e, self.shards[client], chance(self.e, "private", round, client)
+        e, shard, rng = self.e, self.shards[client], rng_for(self.e, "private", round, client)
         batch = min(e.batch_size, len(shard))
         for _ in range(e.local_epochs * -(-len(shard) // e.batch_size)):
             drawn = torch.from_numpy(shard[rng.random(len(shard)) < batch / len(shard)])
@@ -162,7 +162,7 @@ class Textbook:
 
     def send(self, round, client, update):
         """The update through its codec; a biased one owes the client what it left out (Karimireddy et al. 2019)."""
-        e, rng = self.e, chance(self.e, "encode", round, client)
+        e, rng = self.e, rng_for(self.e, "encode", round, client)
         if e.uplink != "topk":
             return self.squeezed(e.uplink, update, rng=rng)
         wanted = update + self.kept["residual", client] * self.mask * e.error_feedback
@@ -205,7 +205,7 @@ class Textbook:
         e, n = self.e, {client: len(self.shards[client]) for client in updates}
         held = torch.ones_like(self.mask)
         if e.privacy == "client":  # McMahan et al. 2018: a fixed divisor, no weights
-            noise = torch.from_numpy(chance(e, "noise", round).standard_normal(len(self.w), np.float32))
+            noise = torch.from_numpy(rng_for(e, "noise", round).standard_normal(len(self.w), np.float32))
             clipped = sum(clip(update, e.clip_norm) for update in updates.values())
             delta = (clipped + noise * e.noise_multiplier * e.clip_norm) / e.clients_per_round
         elif e.strategy == "median":
@@ -238,7 +238,7 @@ class Textbook:
         with torch.no_grad():
             wanted = torch.stack([self.answer(client, x) for client in clients]).mean(0)
         for epoch in range(self.e.server_epochs):
-            order = torch.from_numpy(chance(self.e, "public", round, epoch).permutation(len(x)))
+            order = torch.from_numpy(rng_for(self.e, "public", round, epoch).permutation(len(x)))
             for index in order.split(20):
                 loss = self.soft(self.answer(self.w, x[index]), wanted[index])
                 slope = flat(torch.autograd.grad(loss, list(self.model.parameters())))
@@ -460,7 +460,7 @@ def test_another_seed_draws_everything_anew():
     one, two = (build("small", (6,), 3, seed) for seed in (1, 2))
     assert not torch.equal(one[0].weight, two[0].weight)
     for purpose in ("batches", "encode", "noise", "private", "public", "select", "dropout"):
-        draws = {chance(BASE.replace(seed=seed), purpose, 1, 2).integers(2**60) for seed in range(5)}
+        draws = {rng_for(BASE.replace(seed=seed), purpose, 1, 2).integers(2**60) for seed in range(5)}
         assert len(draws) == 5
     everybody = BASE.replace(model="skipping", partition="iid", clients_per_round=6, rounds=1, batch_size=20)
     places = [{tuple(np.argsort(b)) for b in batches(everybody.replace(seed=seed))} for seed in (1, 2)]

@@ -14,7 +14,7 @@ from math import ceil, exp
 import torch
 from torch import Tensor
 
-from fedlab_kit.federation.task import Task, chance
+from fedlab_kit.federation.setup import Task, rng_for
 from fedlab_kit.models import flops
 from fedlab_kit.wire.links import LINKS, Link
 
@@ -50,48 +50,54 @@ def device(client: int) -> Device:
     return DEVICES[client % len(DEVICES)]
 
 
-def width(job: Task, client: int) -> float:
+def width(task: Task, client: int) -> float:
     """Return the share of each hidden layer's units that the client trains: 1 unless devices are sliced.
 
     The widest of `WIDTHS` whose weights and gradients fit its memory, as float32; the narrowest if none does.
     """
-    if job.experiment.devices != "sliced":
+    if task.experiment.devices != "sliced":
         return 1.0
-    fitting = (w for w in WIDTHS if 8 * int(_slice(job, w).sum()) <= device(client).memory)
-    return next(fitting, WIDTHS[-1])
+    if task.model.stack is None:
+        raise ValueError(
+            "devices must be equal or unequal for a model that is not a plain chain of Flatten, Linear, ReLU, Conv2d "
+            f"and MaxPool2d, as {task.experiment.model!r}, got 'sliced'"
+        )
+    shapes, memory = task.model.layout.shapes, device(client).memory
+    return next((w for w in WIDTHS if 8 * int(slice_mask(shapes, w).sum()) <= memory), WIDTHS[-1])
 
 
-def view(job: Task, client: int) -> Tensor | None:
-    """Return which weights the client trains, bool [P], or None for all of them."""
-    share = width(job, client)
-    return None if share == 1 else _slice(job, share)
+def client_mask(task: Task, client: int, mask: Tensor | None) -> Tensor | None:
+    """Return which weights the client trains, bool [P]: its slice, or else the `mask` that all share; None: all."""
+    share = width(task, client)
+    return mask if share == 1 else slice_mask(task.model.layout.shapes, share).to(task.experiment.device)
 
 
-def seconds(job: Task, round: int, client: int, down: int, up: int) -> float:
+def seconds(task: Task, round: int, client: int, down: int, up: int) -> float:
     """How long the client takes from the first byte of the broadcast to the last of its payload; 0 for equal devices.
 
     `down` and `up` are their lengths in bytes. Other work on the machine makes it differ from round to round.
     """
-    experiment, machine = job.experiment, device(client)
+    experiment, machine = task.experiment, device(client)
     if experiment.devices == "equal":
         return 0.0
-    mask = view(job, client)
+    mask = client_mask(task, client, None)
     share = 1.0 if mask is None else float(mask.sum()) / len(mask)
-    work = 3 * _flops(job) * share * job.samples(client) * experiment.local_epochs  # backward costs two forwards
-    busy = exp(machine.load * chance(experiment, "load", round, client).standard_normal())
+    work = 3 * _flops(task) * share * task.samples(client) * experiment.local_epochs  # backward costs two forwards
+    busy = exp(machine.load * rng_for(experiment, "load", round, client).standard_normal())
     return busy * work / machine.flops + machine.link.seconds(up, down)
 
 
-def lateness(job: Task, round: int, client: int, down: int, up: int) -> str:
+def lateness(task: Task, round: int, client: int, down: int, up: int) -> str:
     """Say that a payload came after the deadline, or return ""."""
-    limit = job.experiment.deadline
-    if job.experiment.devices == "equal" or limit == 0:
+    limit = task.experiment.deadline
+    if task.experiment.devices == "equal" or limit == 0:
         return ""
-    took = seconds(job, round, client, down, up)
+    took = seconds(task, round, client, down, up)
     return f"late: {took:.2f} s, the deadline is {limit:g} s" if took > limit else ""
 
 
-def slice_of(shapes: tuple[tuple[int, ...], ...], share: float) -> Tensor:
+@lru_cache(maxsize=64)
+def slice_mask(shapes: tuple[tuple[int, ...], ...], share: float) -> Tensor:
     """Return which entries of a flat chain of layers a narrow model has, bool [P].
 
     `shapes` alternate between weights [out, in, ...] and biases [out]. Of each layer the first `share` of the units
@@ -111,20 +117,8 @@ def slice_of(shapes: tuple[tuple[int, ...], ...], share: float) -> Tensor:
     return torch.cat(parts)
 
 
-def _slice(job: Task, share: float) -> Tensor:
-    if job.model.stack is None:
-        raise ValueError(
-            "devices must be equal or unequal for a model that is not a plain chain of Flatten, Linear, ReLU, Conv2d "
-            f"and MaxPool2d, as {job.experiment.model!r}, got 'sliced'"
-        )
-    return _cached_slice(job.model.layout.shapes, share).to(job.experiment.device)
-
-
-_cached_slice = lru_cache(maxsize=64)(slice_of)
-
-
 @lru_cache(maxsize=16)
-def _flops(job: Task) -> int:
+def _flops(task: Task) -> int:
     """Return the operations of one sample's forward pass through the whole model."""
-    job.model.module.eval()
-    return flops(job.model.module, job.dataset.shape)
+    task.model.module.eval()
+    return flops(task.model.module, task.dataset.shape)

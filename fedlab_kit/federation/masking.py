@@ -14,26 +14,27 @@ from torch import Tensor
 
 from fedlab_kit.compression.prune import mask_ratio, masked_share, prunable_mask, random_mask, regrow, shrink
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.task import Task
+from fedlab_kit.federation.setup import Task
 
 EXCHANGE = 0.2  # share of the kept weights that a dynamic mask exchanges at first; it falls to 0 by a cosine
 
 
-def first_mask(job: Task) -> Tensor | None:
+def first_mask(task: Task) -> Tensor | None:
     """Return the mask before round one, bool [P], or None where nothing is masked; every client can work it out.
 
     What a `start` was pruned of stays zero. A dynamic or a fixed mask has its full size from the beginning: what it
     still lacks is drawn at random, or after a pruned start taken from its smallest weights.
     """
-    experiment, shapes = job.experiment, job.model.layout.shapes
+    experiment, shapes = task.experiment, task.model.layout.shapes
     whole = experiment.mask_ratio and experiment.mask_schedule in ("dynamic", "fixed")
     if was_pruned(experiment):
-        kept = (job.initial != 0) | ~prunable_mask(shapes).to(job.initial.device)
-        scores = torch.rand(len(kept), generator=torch.Generator().manual_seed(experiment.seed)).to(kept.device)
-        scores = scores if experiment.mask_schedule == "fixed" else job.initial.abs()
+        kept = (task.initial != 0) | ~prunable_mask(shapes).to(task.initial.device)
+        scores = task.initial.abs()
+        if experiment.mask_schedule == "fixed":
+            scores = torch.rand(len(kept), generator=torch.Generator().manual_seed(experiment.seed)).to(kept.device)
         return shrink(kept, scores, shapes, experiment.mask_ratio) if whole else kept
     if whole:
-        return random_mask(shapes, experiment.mask_ratio, experiment.seed).to(job.initial.device)
+        return random_mask(shapes, experiment.mask_ratio, experiment.seed).to(task.initial.device)
     return None
 
 
@@ -52,7 +53,8 @@ def adjusts(experiment: Experiment, round: int) -> bool:
         return False
     if experiment.mask_schedule == "one-shot":
         return round == ceil(experiment.rounds / 2)
-    return round <= _last(experiment) and (round % _every(experiment) == 0 or round == _last(experiment))
+    last, every = _last(experiment), max(1, experiment.rounds // 10)
+    return round <= last and (round % every == 0 or round == last)
 
 
 def grows(experiment: Experiment, round: int) -> bool:
@@ -65,32 +67,27 @@ def exchanged(experiment: Experiment, round: int) -> float:
     return EXCHANGE / 2 * (1 + cos(pi * round / (_last(experiment) + 1)))
 
 
-def next_mask(job: Task, round: int, weights: Tensor, mask: Tensor | None, gradient: Tensor | None) -> Tensor:
+def next_mask(task: Task, round: int, weights: Tensor, mask: Tensor | None, gradient: Tensor | None) -> Tensor:
     """Return the mask after this round for the averaged `weights` [P]; `gradient` [P] only where the mask grows."""
-    experiment, shapes = job.experiment, job.model.layout.shapes
+    experiment, shapes = task.experiment, task.model.layout.shapes
     if mask is not None and gradient is not None:
         return regrow(mask, weights, gradient, shapes, exchanged(experiment, round))
-    first = 0 if experiment.mask_schedule == "gradual" else round - 1
-    last = _last(experiment) if experiment.mask_schedule == "gradual" else round
-    begun = first_mask(job)
+    first, last = (0, _last(experiment)) if experiment.mask_schedule == "gradual" else (round - 1, round)
+    begun = first_mask(task)
     before = 0.0 if begun is None else masked_share(begun, shapes)
     ratio = mask_ratio(round, first, last, experiment.mask_ratio, before)
     return shrink(torch.ones_like(weights, dtype=torch.bool) if mask is None else mask, weights.abs(), shapes, ratio)
 
 
-def dense_gradient(job: Task, weights: Tensor, state: Tensor, client: int, mask: Tensor) -> Tensor:
+def dense_gradient(task: Task, weights: Tensor, state: Tensor, client: int, mask: Tensor) -> Tensor:
     """Return the client's gradient [P] over at most 200 of its samples, zero where the mask keeps."""
-    model, index = job.model, job.shards[client][:200].to(job.experiment.device)
+    model, index = task.model, task.shards[client][:200].to(task.experiment.device)
     model.load(weights, state)
     model.gradient.zero_()
     model.module.eval()
-    torch.nn.functional.cross_entropy(model.module(job.inputs(index)), job.y[index]).backward()
+    torch.nn.functional.cross_entropy(model.module(task.inputs(index)), task.y[index]).backward()
     return model.gradient.masked_fill(mask, 0.0)
 
 
 def _last(experiment: Experiment) -> int:
     return ceil(experiment.rounds * (0.75 if experiment.mask_schedule == "dynamic" else 0.6))
-
-
-def _every(experiment: Experiment) -> int:
-    return max(1, experiment.rounds // 10)

@@ -11,12 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from fedlab_kit.federation.descent import Stopped
-from fedlab_kit.federation.local import cohort_step
+from fedlab_kit.federation.client import Stopped, cohort_step
 from fedlab_kit.federation.messages import ClientState
-from fedlab_kit.federation.record import RoundRecord
-from fedlab_kit.federation.server import ServerState, answering, broadcast, select, server_step, without
-from fedlab_kit.federation.task import Task
+from fedlab_kit.federation.server import RoundRecord, ServerState, answering, broadcast, select, server_step
+from fedlab_kit.federation.setup import Task
 
 
 class Exchanged(NamedTuple):
@@ -33,15 +31,15 @@ class Exchanged(NamedTuple):
 
 
 Exchange = Callable[[Task, int, Mapping[int, bytes], Mapping[int, ClientState], Event | None], Exchanged]
-"""(job, round, broadcasts, kept, stop) -> what came back: how messages travel between server and clients."""
+"""(task, round, broadcasts, kept, stop) -> what came back: how messages travel between server and clients."""
 
 
 def in_process(
-    job: Task, round: int, broadcasts: Mapping[int, bytes], kept: Mapping[int, ClientState], stop: Event | None
+    task: Task, round: int, broadcasts: Mapping[int, bytes], kept: Mapping[int, ClientState], stop: Event | None
 ) -> Exchanged:
     """Hand the broadcasts to clients of this process, and train those that do not drop out together."""
-    present = answering(job.experiment, round, sorted(broadcasts))
-    return Exchanged(*cohort_step(job, round, {c: broadcasts[c] for c in present}, kept, stop), {})
+    present = answering(task.experiment, round, sorted(broadcasts))
+    return Exchanged(*cohort_step(task, round, {c: broadcasts[c] for c in present}, kept, stop), {})
 
 
 def play(
@@ -56,35 +54,29 @@ def play(
     carries the messages: within this process, or wherever the clients are. Setting `stop` ends the loop before the
     next batch, without a record of the broken round.
     """
-    while state.round < state.experiment.rounds and not (stop is not None and stop.is_set()):
+    task = state.task
+    while state.round < task.experiment.rounds and not (stop is not None and stop.is_set()):
         began = perf_counter()
         try:
             with one_thread():
-                state, record = _round(state, clients, stop, exchange)
+                # 1. The server samples a cohort and sends it the model.
+                cohort = select(task.experiment, state.round + 1)
+                kept = {client: clients.get(client, {}) for client in cohort}
+                messages = broadcast(state, cohort, kept)
+                # 2. Those who do not drop out train on their own samples and pack what changed.
+                came = exchange(task, state.round + 1, messages, kept, stop)
+                # 3. The server decodes and combines the updates. 4. It evaluates the new model.
+                sent = {client: b"" if client in came.unreached else m for client, m in messages.items()}
+                own = None if task.shared is None else {**clients, **came.kept}
+                state, record = server_step(state, sent, came.payloads, came.silent, own)
         except Stopped:
             return
+        # What was refused did not happen: that client goes on from what it kept before.
+        heard = {client for client in came.kept if client in record.answered or client not in came.payloads}
+        clients.update({client: memory for client, memory in came.kept.items() if memory and client in heard})
         yield state, replace(record, seconds=perf_counter() - began)
         if record.diverged:
             return
-
-
-def _round(
-    state: ServerState, clients: MutableMapping[int, ClientState], stop: Event | None, exchange: Exchange
-) -> tuple[ServerState, RoundRecord]:
-    job, round = state.job, state.round + 1
-    # 1. The server samples a cohort and sends it the model.
-    cohort = select(state.experiment, round)
-    kept = {client: clients.get(client, {}) for client in cohort}
-    messages, state = broadcast(state, cohort, {client: memory.get("copy") for client, memory in kept.items()})
-    # 2. Those who do not drop out train on their own samples and pack what changed.
-    answers = exchange(job, round, messages, kept, stop)
-    # 3. The server decodes and combines the updates. 4. It evaluates the new model.
-    own = None if job.shared is None else {**clients, **answers.kept}
-    state, record = server_step(without(state, answers.unreached), answers.payloads, answers.silent, own)
-    # What was refused did not happen: that client goes on from what it kept before.
-    believed = {c: m for c, m in answers.kept.items() if m and (c in record.answered or c not in answers.payloads)}
-    clients.update(believed)
-    return state, record
 
 
 _turn, _users, _threads = Lock(), 0, 1

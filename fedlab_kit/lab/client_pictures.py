@@ -7,7 +7,7 @@ from math import isnan
 from fedlab_kit.clients import client_accuracy, client_names
 from fedlab_kit.data import load
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab import clients
 from fedlab_kit.lab.canvas import to_html
 from fedlab_kit.partition import label_counts, partition

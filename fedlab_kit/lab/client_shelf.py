@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab.client_pictures import MOST, accuracy_of_each, labels_held
 from fedlab_kit.lab.controls import folded, is_open
 from fedlab_kit.run import absent

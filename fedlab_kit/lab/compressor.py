@@ -14,7 +14,7 @@ from threading import Event, Lock, Timer, main_thread
 
 from fedlab_kit.deployment.artifact import Artifact, compress, load, slug
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.points import Point, Points, said
 from fedlab_kit.lab.wording import complaint

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fedlab_kit.federation.record import RoundRecord
+    from fedlab_kit.federation.server import RoundRecord
 
 
 Curve = tuple[str, "Sequence[RoundRecord]"]

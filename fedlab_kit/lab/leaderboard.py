@@ -14,7 +14,7 @@ from fedlab_kit.data import Split
 from fedlab_kit.deployment import measure
 from fedlab_kit.deployment.artifact import LEVEL, Artifact, compress, load
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.federation.task import strata, task
+from fedlab_kit.federation.setup import strata, task
 from fedlab_kit.files import at
 from fedlab_kit.lab.canvas import percent
 from fedlab_kit.runs import train

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.canvas import percent
 from fedlab_kit.lab.wording import complaint, outcome, role

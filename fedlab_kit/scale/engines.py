@@ -9,7 +9,7 @@ from threading import Event
 
 from fedlab_kit import runs
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.run import Run
 
 ENGINES = ("process", "flower")

@@ -13,10 +13,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.descent import Stopped
-from fedlab_kit.federation.messages import ClientState, keep, open_broadcast
+from fedlab_kit.federation.client import Stopped
+from fedlab_kit.federation.messages import ClientState, open_broadcast, remember
 from fedlab_kit.federation.rounds import Exchanged
-from fedlab_kit.federation.task import Task
+from fedlab_kit.federation.setup import Task
 from fedlab_kit.scale.client import RECORD
 
 
@@ -147,7 +147,7 @@ def _known(job: Task, round: int, client: int, broadcast: bytes, kept: ClientSta
     noted: ClientState = {"round": torch.tensor(round)}
     if job.experiment.downlink == "fp32":
         return noted
-    return keep(job, open_broadcast(job, client, broadcast, kept), noted)
+    return remember(job, open_broadcast(job, client, broadcast, kept), noted)
 
 
 def _pause(seconds: float, stop: Event | None) -> None:

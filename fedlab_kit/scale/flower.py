@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.run import Run
 from fedlab_kit.runs import train
 from fedlab_kit.scale.client import client

@@ -22,7 +22,7 @@ from typing import Self
 import psutil
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.files import ROOT
 from fedlab_kit.run import Run
 from fedlab_kit.runs import find, path_of, runs_folder

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlab_kit import catalog
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.record import RoundRecord
+from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.runs import parts
 
 NESTED = ("teacher", "start", "start_recipe")  # travel as JSON text, "" for none

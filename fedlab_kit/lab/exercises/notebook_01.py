@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fedlab_kit.data import load
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.local import cohort_step
+from fedlab_kit.federation.client import cohort_step
 from fedlab_kit.federation.messages import open_payload
 from fedlab_kit.federation.server import broadcast, select, server_step, start
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.lab.exercises import Hint, call, exercise, number
 from fedlab_kit.partition import label_counts, partition
 from fedlab_kit.runs import rounds
@@ -88,10 +88,10 @@ def _a_real_round() -> tuple[Tensor, list[int], Tensor]:
     """Return updates [clients, P], samples, and the server's step [P] from one round of a small experiment."""
     experiment = Experiment(model="logistic", clients_per_round=4, rounds=1)
     before = start(experiment)
-    messages, before = broadcast(before, select(experiment, 1), {})
+    messages = broadcast(before, select(experiment, 1))
     payloads, _ = cohort_step(experiment, 1, messages, {client: {} for client in messages})
     answers = [open_payload(task(experiment), 1, payload, None) for payload in payloads.values()]
-    after, _ = server_step(before, payloads)
+    after, _ = server_step(before, messages, payloads)
     updates = torch.stack([answer.update for answer in answers])
     return updates, [answer.samples for answer in answers], after.weights - before.weights
 

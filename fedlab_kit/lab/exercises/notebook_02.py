@@ -11,7 +11,7 @@ from fedlab_kit.data import load
 from fedlab_kit.deployment.artifact import prune
 from fedlab_kit.deployment.export import export
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.lab.exercises import Hint, call, exercise, number
 from fedlab_kit.models import build
 from fedlab_kit.runs import rounds

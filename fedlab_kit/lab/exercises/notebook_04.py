@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlab_kit.compression.distill import distillation_loss
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.server import select
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.setup import task
 from fedlab_kit.lab.exercises import Hint, call, exercise, number
 from fedlab_kit.wire.frame import HEADER
 

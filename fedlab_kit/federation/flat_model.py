@@ -7,18 +7,17 @@ and is averaged as its kind asks. Everything else, frozen weights and constants,
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedlab_kit.federation.stacked import Stack
+from fedlab_kit.federation.fast_path import Stack
 from fedlab_kit.models import Draws
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -33,17 +32,14 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> Layout:
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
         """Return the layout of named tensors in their order."""
         return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()))
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
         """Where each tensor lies in the vector."""
-        ends = [0]
-        for shape in self.shapes:
-            ends.append(ends[-1] + prod(shape))
-        return tuple(slice(start, end) for start, end in pairwise(ends))
+        return tuple(slice(*ends) for ends in pairwise(accumulate(map(prod, self.shapes), initial=0)))
 
     @property
     def size(self) -> int:
@@ -58,16 +54,17 @@ class Layout:
     def marked(self, names: set[str]) -> Tensor:
         """Return which entries belong to the tensors of these names, bool [P]."""
         marks = [torch.full((prod(s),), n in names) for n, s in zip(self.names, self.shapes, strict=True)]
-        return torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool)
+        return torch.cat([torch.zeros(0, dtype=torch.bool), *marks])
 
 
 class FlatModel:
     """A module whose trained parameters are views into `weights` [P], their gradients into `gradient` [P].
 
     Writing to `weights` changes the module and the other way round; nothing is copied. `state` reads and writes what
-    else training changes, float64 [S], in which whole numbers are exact; `whole` [S] marks those. `sample` [n, ...]
-    is a preprocessed batch by which state is told from constants. Raises ValueError for a trained parameter that is
-    not float32, for a model without any, and for one that remembers something which is not a tensor of its own.
+    else training changes, float64 [S], in which whole numbers are exact; `whole` [S] marks those, `variances` [S] what
+    never falls below zero. `sample` [n, ...] is a preprocessed batch by which state is told from constants. Raises
+    ValueError for a trained parameter that is not float32, for a model without any, and for one that remembers
+    something which is not a tensor of its own.
     """
 
     def __init__(self, module: nn.Module, sample: Tensor, device: str = "cpu") -> None:
@@ -80,19 +77,19 @@ class FlatModel:
                 raise ValueError(f"model tensor {name} must be float32, got {tensor.dtype}")
         if not parameters:
             raise ValueError(f"model {type(module).__name__} must have a parameter to train, all are frozen")
-        self.layout = Layout.of({name: p.detach() for name, p in parameters.items()})
+        self.layout = Layout.of(parameters)
         self.weights = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
         self.gradient = torch.zeros_like(self.weights)
-        slopes = self.layout.tensors(self.gradient)
+        gradients = self.layout.tensors(self.gradient)
         for name, view in self.layout.tensors(self.weights).items():
-            parameters[name].data = view
-            parameters[name].grad = slopes[name]
+            parameters[name].data, parameters[name].grad = view, gradients[name]
         self._state = _state(module, sample.to(device))
         for name, tensor in self._state.items():
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise ValueError(f"model buffer {name} must be float32 or whole numbers, got {tensor.dtype}")
         self.state_layout = Layout.of(self._state)
         self.whole = self.state_layout.marked({n for n, t in self._state.items() if not t.is_floating_point()})
+        self.variances = self.state_layout.marked({n for n in self._state if n.endswith("running_var")})
         self._constants = {n: b for n, b in module.named_buffers() if n not in self._state}
         self._before = {name: constant.clone() for name, constant in self._constants.items()}
 
@@ -134,39 +131,31 @@ class FlatModel:
                 )
 
 
-def variances(layout: Layout) -> Tensor:
-    """Return which entries of a state are variances, bool [S]: they never fall below zero."""
-    return layout.marked({name for name in layout.names if name.endswith("running_var")})
-
-
 def _state(module: nn.Module, sample: Tensor) -> dict[str, Tensor]:
     """Return the buffers that are state: running statistics, and what two steps of training on a copy change."""
     buffers, layers = dict(module.named_buffers()), dict(module.named_modules())
     if not buffers and all(type(layer).__module__.startswith("torch.nn.") for layer in layers.values()):
         return {}
     norms = [name for name, layer in layers.items() if isinstance(layer, nn.modules.batchnorm._NormBase)]
-    tried, seen = copy.deepcopy(module).train(), []
+    tried, seen = deepcopy(module).train(), []
     for _ in range(2):  # what is filled once and then stays is a cache, and decides nothing
         with torch.no_grad(), Draws(0).inside():
             tried(sample if len(sample) > 1 else torch.cat([sample, sample]))
-        seen.append(_remembered(tried))
+        seen.append(_attributes(tried))
     if changed := [name for name, value in seen[1].items() if seen[0].get(name, value) != value]:
         raise ValueError(f"model attribute {changed[0]} changes while training and would not travel: make it a buffer")
     after = dict(tried.named_buffers())
     return {n: b for n, b in buffers.items() if n.rpartition(".")[0] in norms or not torch.equal(b, after[n])}
 
 
-def _remembered(module: nn.Module) -> dict[str, Any]:
+def _attributes(module: nn.Module) -> dict[str, str | bytes]:
     """Return the plain values that layers hold in attributes of their own, and the bytes of tensors that they do."""
-    return {
-        f"{name}.{key}".removeprefix("."): value.detach().cpu().numpy().tobytes()
-        if isinstance(value, Tensor)
-        else repr(value)
-        for name, layer in module.named_modules()
-        for key, value in vars(layer).items()
-        if isinstance(value, Tensor | int | float | str) or (isinstance(value, list | tuple) and _numbers(value))
-    }
-
-
-def _numbers(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, int | float) for value in values)
+    found: dict[str, str | bytes] = {}
+    for name, layer in module.named_modules():
+        for key, value in vars(layer).items():
+            parts = value if isinstance(value, list | tuple) else [value]
+            if isinstance(value, Tensor):
+                found[f"{name}.{key}".removeprefix(".")] = value.detach().cpu().numpy().tobytes()
+            elif isinstance(value, str) or all(isinstance(one, int | float) for one in parts):
+                found[f"{name}.{key}".removeprefix(".")] = repr(value)
+    return found

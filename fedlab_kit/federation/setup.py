@@ -20,7 +20,7 @@ from fedlab_kit.compression.prune import plan_channels, prune_channels, prune_we
 from fedlab_kit.compression.quantize import quantized
 from fedlab_kit.data import Dataset, Split, at_hand, load
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.flat import FlatModel
+from fedlab_kit.federation.flat_model import FlatModel
 from fedlab_kit.models import build
 from fedlab_kit.partition import held_out, partition
 from fedlab_kit.statistics import wilson
@@ -33,9 +33,6 @@ class Parents(NamedTuple):
     teacher: FlatModel | None = None
 
 
-NOBODY = Parents()
-
-
 @dataclass(frozen=True, eq=False)
 class Task:
     """What the rounds of one experiment work on; tensors live on the experiment's device.
@@ -43,8 +40,8 @@ class Task:
     `x` [n, *shape] holds raw training values (preprocessed batch by batch, so that memory follows the cohort),
     `y` [n] their labels, `shards` each client's indices into them, `initial` [P] and `initial_state` [S] the model
     before the first round, `shared` [P] which weights travel (None: all), `soft` [n, classes] the teacher's logits
-    (None without a teacher; see `teach`), `owner` [m] whose part each validation sample is, where clients have models
-    of their own. The model is scratch: a task serves one thread, or several in turns, see `apart`.
+    (None without a teacher; see `fill_soft`), `owner` [m] whose part each validation sample is, where clients have
+    models of their own. The model is scratch: a task serves one thread, or several in turns, see `apart`.
     """
 
     experiment: Experiment
@@ -59,7 +56,7 @@ class Task:
     shared: Tensor | None
     soft: Tensor | None
     owner: Tensor | None
-    taught: set[int] = field(default_factory=set)
+    filled: set[int] = field(default_factory=set)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def apart(self) -> Task:
@@ -68,15 +65,15 @@ class Task:
         model = FlatModel(deepcopy(self.model.module), sample, self.experiment.device)
         return replace(self, model=model, lock=threading.RLock())
 
-    def teach(self, clients: list[int]) -> None:
+    def fill_soft(self, clients: list[int]) -> None:
         """Fill in the teacher's logits for the samples of these clients, once each."""
         teacher = self.parents.teacher
         if teacher is None or self.soft is None:
             return
-        for client in set(clients) - self.taught:
+        for client in set(clients) - self.filled:
             shard = self.shards[client].to(self.soft.device)
             self.soft[shard] = teacher.logits(self._chunks(self.x[shard]))
-            self.taught.add(client)
+            self.filled.add(client)
 
     def inputs(self, index: Tensor) -> Tensor:
         """Return the preprocessed training inputs at `index` [k] as float32 [k, *shape]."""
@@ -159,11 +156,8 @@ class Evaluation:
     def of(cls, logits: Tensor, y: Tensor, where: Tensor, strata: int) -> Evaluation:
         """Judge `logits` [n, classes] by the labels `y` [n]; `where` [n] is each sample's stratum."""
         hit, where = logits.argmax(1) == y, where.to(y.device)
-        return cls(
-            correct=tuple(torch.bincount(where[hit], minlength=strata).tolist()),
-            total=tuple(torch.bincount(where, minlength=strata).tolist()),
-            loss=float(F.cross_entropy(logits, y)),
-        )
+        correct, total = (torch.bincount(found, minlength=strata).tolist() for found in (where[hit], where))
+        return cls(tuple(correct), tuple(total), float(F.cross_entropy(logits, y)))
 
     def accuracy(self) -> tuple[float, float, float]:
         """Return the share of hits in 0..1 and its 95 % interval: (accuracy, low, high)."""
@@ -179,12 +173,12 @@ def strata(experiment: Experiment, split: Split) -> Tensor:
     return split.site if experiment.partition == "site" and split.site is not None else split.y
 
 
-def chance(experiment: Experiment, purpose: str, *where: int) -> np.random.Generator:
+def rng_for(experiment: Experiment, purpose: str, *where: int) -> np.random.Generator:
     """Return the generator for one purpose in one place (round, client): order and process do not matter."""
     return np.random.default_rng([experiment.seed, crc32(purpose.encode()), *where])
 
 
-def task(experiment: Experiment | Task, parents: Parents = NOBODY) -> Task:
+def task(experiment: Experiment | Task, parents: Parents | None = None) -> Task:
     """Return the experiment's task, kept for the next call of the same thread; a task is its own.
 
     Raises ValueError for an unknown data set or model, a partition that is impossible, and a parent that is missing.
@@ -192,39 +186,38 @@ def task(experiment: Experiment | Task, parents: Parents = NOBODY) -> Task:
     if isinstance(experiment, Task):
         return experiment
     makers = catalog.stamp("model", experiment.model), catalog.stamp("dataset", experiment.dataset)
-    return _task(experiment, parents, makers, threading.get_ident())
+    return _task(experiment, parents or Parents(), makers, threading.get_ident())
 
 
 @lru_cache(maxsize=8)
 def _task(experiment: Experiment, parents: Parents, makers: object, thread: int) -> Task:
-    dataset, device = at_hand(experiment), experiment.device
-    sample = dataset.preprocess(dataset.train.x[:8])
-    model = FlatModel(_module(experiment, parents, dataset), sample, device)
-    if model.state_layout.size and experiment.privacy != "off" and experiment.normalization == "shared":
+    e, dataset = experiment, at_hand(experiment)
+    model = FlatModel(_module(e, parents, dataset), dataset.preprocess(dataset.train.x[:8]), e.device)
+    if model.state_layout.size and e.privacy != "off" and e.normalization == "shared":
         raise ValueError(
-            f"privacy must be off for model {experiment.model!r}, got {experiment.privacy!r}: what BatchNorm "
+            f"privacy must be off for model {e.model!r}, got {e.privacy!r}: what BatchNorm "
             f"and its like keep of samples ({model.state_layout.names[0]}) would leave the client bare; use GroupNorm, "
             "or normalization 'own'"
         )
-    shards = partition(dataset, experiment.partition, experiment.clients, experiment.alpha, experiment.seed)
-    own = experiment.normalization == "own"
+    shards = partition(dataset, e.partition, e.clients, e.alpha, e.seed)
+    own = e.normalization == "own"
     if own and not (model.norms or model.state_layout.size):
-        raise ValueError(f"normalization must be shared for model {experiment.model!r}, which has no such layer")
-    if experiment.teacher is not None and parents.teacher is None:
+        raise ValueError(f"normalization must be shared for model {e.model!r}, which has no such layer")
+    if e.teacher is not None and parents.teacher is None:
         raise ValueError("teacher must be trained first: hand its model over")
     return Task(
-        experiment=experiment,
+        experiment=e,
         parents=parents,
         dataset=dataset,
         shards=shards,
         model=model,
-        x=dataset.train.x.to(device),
-        y=dataset.train.y.to(device),
+        x=dataset.train.x.to(e.device),
+        y=dataset.train.y.to(e.device),
         initial=model.weights.clone(),
         initial_state=model.state,
         shared=~model.layout.marked(model.norms) if own else None,
-        soft=torch.zeros(len(dataset.train), len(dataset.classes), device=device) if experiment.teacher else None,
-        owner=held_out(dataset, shards, experiment.partition, experiment.seed) if own else None,
+        soft=torch.zeros(len(dataset.train), len(dataset.classes), device=e.device) if e.teacher else None,
+        owner=held_out(dataset, shards, e.partition, e.seed) if own else None,
     )
 
 

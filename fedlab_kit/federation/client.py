@@ -1,0 +1,297 @@
+"""What a client does in a round: open the broadcast, train on its own samples, pack its update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from threading import Event
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlab_kit.compression.distill import distillation_slope, hard_slope
+from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation import setup
+from fedlab_kit.federation.devices import width
+from fedlab_kit.federation.fast_path import empty_aligned
+from fedlab_kit.federation.masking import dense_gradient, grows
+from fedlab_kit.federation.messages import (
+    Broadcast,
+    ClientState,
+    ClientUpdate,
+    open_broadcast,
+    pack_payload,
+    remember,
+)
+from fedlab_kit.federation.setup import Task, rng_for
+from fedlab_kit.models import Draws
+from fedlab_kit.wire.privacy import clip, poisson_sample, private_gradient
+
+
+class Stopped(Exception):
+    """Raised between two batches when somebody asked to stop; the round leaves no trace."""
+
+
+def client_step(
+    experiment: Experiment | Task, round: int, client_id: int, broadcast: bytes, client_state: ClientState
+) -> tuple[bytes, ClientState]:
+    """Train one client and return its payload and its new state.
+
+    `broadcast` is what the server sent it, `client_state` what it kept from earlier rounds ({} at first). An experiment
+    with a `start` or a `teacher` comes as a task, which has their models. Raises
+    `PayloadError` when the broadcast is damaged.
+    """
+    payloads, states = cohort_step(experiment, round, {client_id: broadcast}, {client_id: client_state})
+    return payloads[client_id], states[client_id]
+
+
+def cohort_step(
+    experiment: Experiment | Task,
+    round: int,
+    broadcasts: Mapping[int, bytes],
+    states: Mapping[int, ClientState],
+    stop: Event | None = None,
+) -> tuple[dict[int, bytes], dict[int, ClientState]]:
+    """Do `client_step` for several clients at once; `stop` is looked at before every batch (raises `Stopped`)."""
+    if not broadcasts:
+        return {}, {}
+    task = setup.task(experiment)
+    ids = sorted(broadcasts, key=lambda client: (-task.samples(client), client))
+    received = _open(task, ids, broadcasts, states)
+    task.fill_soft(ids)
+    cohort = _cohort(task, round, ids, received, states, stop)
+    cohort.train()
+    payloads, after = {}, {}
+    for k, (client, got) in enumerate(zip(ids, received, strict=True)):
+        trained, growth = cohort.weights[k], None
+        if got.mask is not None and grows(task.experiment, round):  # pruned weights grow back by their gradient
+            growth = dense_gradient(task, trained, cohort.state[k], client, got.mask)
+        change = trained.sub_(cohort.start[k])  # in place: these are the largest tensors of a round
+        update = ClientUpdate(task.samples(client), change, cohort.state[k], growth=growth)
+        update, memory = _finish(task, update, got, len(cohort.plans[k]), states[client])
+        payloads[client], after[client] = pack_payload(task, round, client, update, got.mask, memory)
+    task.model.check_constants()
+    return payloads, after
+
+
+def _open(
+    task: Task, ids: list[int], broadcasts: Mapping[int, bytes], states: Mapping[int, ClientState]
+) -> list[Broadcast]:
+    """Open the broadcasts; one that goes to several clients who hold no weights or mask is opened once."""
+    opened: dict[tuple[bytes, float], Broadcast] = {}
+    received = []
+    for client in ids:
+        message, memory = broadcasts[client], states[client]
+        if memory.keys() & {"copy", "mask", "own", "state"}:
+            received.append(open_broadcast(task, client, message, memory))
+        else:
+            key = message, width(task, client)
+            opened[key] = opened.get(key) or open_broadcast(task, client, message, {})
+            received.append(opened[key])
+    return received
+
+
+def _finish(
+    task: Task, update: ClientUpdate, got: Broadcast, steps: int, state: ClientState
+) -> tuple[ClientUpdate, ClientState]:
+    """Return what the client has to say of what it learned, and what it keeps until it is next asked."""
+    e, memory, change, control = task.experiment, remember(task, got, state), update.update, None
+    if task.shared is not None and update.state is not None:
+        memory["own"], memory["state"] = (got.weights + change).cpu()[~task.shared], update.state
+        change = change * task.shared.to(change.device)
+    if e.privacy == "client":
+        change = clip(change, e.clip_norm)
+    if got.control is not None:
+        # Option II of Karimireddy et al. 2020: the mean gradient that was really used becomes the control.
+        own = state.get("control", torch.zeros_like(change)).to(change.device)
+        new = own - got.control - change / (steps * e.lr)
+        if got.mask is not None:
+            own, new = own * got.mask, new * got.mask
+        control, memory["control"] = new - own, new.cpu()
+    return update._replace(update=change, control=control), memory
+
+
+def plan(task: Task, round: int, client: int) -> np.ndarray:
+    """Return the client's batches as sample indices [steps, batch]; -1 fills the last batch of an epoch."""
+    experiment, shard = task.experiment, task.shards[client].numpy()
+    rng = rng_for(experiment, "batches", round, client)
+    steps = -(-len(shard) // experiment.batch_size)
+    batches = np.full((experiment.local_epochs, steps * experiment.batch_size), -1)
+    for epoch in batches:
+        epoch[: len(shard)] = rng.permutation(shard)
+    return batches.reshape(-1, experiment.batch_size)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Clients in training, those with more samples first: row k of every [C, ...] is the client `ids[k]`.
+
+    `plans` are their batches; `weights` [C, P] and `state` [C, S] are trained in place, `start` [C, P] is where they
+    began. `pull` draws back towards it (FedProx, Li et al. 2020), `shift` [C, P] is added to the gradients (SCAFFOLD,
+    Karimireddy et al. 2020), `mask`, [P] or [C, P], marks the weights that may differ from zero.
+    """
+
+    task: Task
+    round: int
+    ids: list[int]
+    plans: list[np.ndarray]
+    start: Tensor
+    weights: Tensor
+    state: Tensor
+    pull: float
+    shift: Tensor | None
+    mask: Tensor | None
+    stop: Event | None
+
+    def train(self) -> None:
+        """Train all: stacked, a few at a time, where the model is on the fast path, else one by one by autograd."""
+        stack, private = self.task.model.stack, self.task.experiment.privacy == "record"
+        size = stack.stack_size if stack and not private else 1
+        for first in range(0, len(self.ids), size):
+            part = self._rows(slice(first, first + size))
+            if private:
+                part._train_privately()
+            elif stack:
+                part._train_stacked()
+            else:
+                part._train_alone()
+
+    def _rows(self, rows: slice) -> Cohort:
+        """Return a part of the cohort, in the same memory."""
+        return replace(
+            self,
+            ids=self.ids[rows],
+            plans=self.plans[rows],
+            start=self.start[rows],
+            weights=self.weights[rows],
+            state=self.state[rows],
+            shift=None if self.shift is None else self.shift[rows],
+            mask=self.mask if self.mask is None or self.mask.ndim == 1 else self.mask[rows],
+        )
+
+    def _train_stacked(self) -> None:
+        """Train a few clients at once; a client that has done its batches leaves the stack."""
+        task, e, stack = self.task, self.task.experiment, self.task.model.stack
+        assert stack
+        for step in range(len(self.plans[0])):
+            self._check_stop()
+            rows = torch.from_numpy(np.stack([plan[step] for plan in self.plans if step < len(plan)])).to(e.device)
+            valid, index = rows >= 0, rows.clamp(min=0)
+            scale = (valid / valid.sum(1, keepdim=True))[..., None]
+            x = task.inputs(index.view(-1)).view(*rows.shape, *task.dataset.shape)
+            now = self.weights[: len(rows)]
+            correction = self._correction(now)
+
+            def gradient(logits: Tensor, index: Tensor = index, scale: Tensor = scale) -> Tensor:
+                return self._loss_gradient(logits, index).mul_(scale)
+
+            stack.step(now, x, gradient, e.lr, at=None if e.qat == "off" else task.on_grid(now))
+            if correction is not None:
+                now.sub_(correction, alpha=e.lr)
+            self._apply_mask(now)
+
+    def _train_alone(self) -> None:
+        """Train one client of any model by autograd."""
+        task, e, model, weights = self.task, self.task.experiment, self.task.model, self.weights[0]
+        norms = [m for m in model.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        draws = self._begin()
+        for batch in self.plans[0]:
+            self._check_stop()
+            index = torch.from_numpy(batch[batch >= 0]).to(e.device)
+            for norm in norms:  # a batch of one sample has no statistics of its own: BatchNorm uses the running ones
+                norm.train(len(index) > 1)
+            correction = self._correction(self.weights)
+            model.weights.copy_(task.on_grid(weights))
+            model.gradient.zero_()
+            with draws.inside():
+                logits = model.module(task.inputs(index))
+                logits.backward(self._loss_gradient(logits.detach(), index).div_(len(index)))
+            if correction is not None:
+                model.gradient.add_(correction[0])
+            weights.sub_(model.gradient, alpha=e.lr)
+            self._apply_mask(self.weights)
+        self.state[0] = model.state
+
+    def _train_privately(self) -> None:
+        """Train one client by DP-SGD (Abadi et al. 2016) on Poisson batches of its samples."""
+        task, e, model, weights = self.task, self.task.experiment, self.task.model, self.weights[0]
+        shard, rng = task.shards[self.ids[0]], rng_for(e, "private", self.round, self.ids[0])
+        expected, draws = min(e.batch_size, len(shard)), self._begin()
+        for _ in self.plans[0]:
+            self._check_stop()
+            index = shard[poisson_sample(len(shard), expected / len(shard), rng)].to(e.device)
+            correction = self._correction(self.weights)
+            model.weights.copy_(weights)
+            with draws.inside():
+                x, y, noise = task.inputs(index), task.y[index], e.noise_multiplier
+                gradient = private_gradient(model.module, x, y, e.clip_norm, noise, expected, rng)
+            weights.sub_(gradient.to(weights.device), alpha=e.lr)
+            if correction is not None:
+                weights.sub_(correction[0], alpha=e.lr)
+            self._apply_mask(self.weights)
+        self.state[0] = model.state
+
+    def _begin(self) -> Draws:
+        """Give the model the first client's state; return the stream of its own randomness, such as dropout."""
+        self.task.model.state = self.state[0]
+        self.task.model.module.train()
+        rng = rng_for(self.task.experiment, "module", self.round, self.ids[0])
+        return Draws(int(rng.integers(2**63)))
+
+    def _check_stop(self) -> None:
+        if self.stop is not None and self.stop.is_set():
+            raise Stopped
+
+    def _loss_gradient(self, logits: Tensor, index: Tensor) -> Tensor:
+        """Return each sample's gradient of the loss by its logits; both [..., classes], `index` [...] the samples."""
+        task, labels = self.task, self.task.y[index]
+        if task.soft is None:
+            return hard_slope(logits, labels)
+        e = task.experiment
+        return distillation_slope(logits, task.soft[index], labels, e.temperature, e.distill_weight)
+
+    def _correction(self, weights: Tensor) -> Tensor | None:
+        """Return what the strategy adds to the gradients of the first clients, now at `weights` [rows, P]."""
+        if self.shift is not None:
+            return self.shift[: len(weights)]
+        return self.pull * (weights - self.start[: len(weights)]) if self.pull else None
+
+    def _apply_mask(self, weights: Tensor) -> None:
+        """Put the masked weights of the first clients back to zero: `weights` [rows, P], in place."""
+        if self.mask is not None:
+            weights.mul_(self.mask if self.mask.ndim == 1 else self.mask[: len(weights)])
+
+
+def _cohort(
+    task: Task,
+    round: int,
+    ids: list[int],
+    received: list[Broadcast],
+    states: Mapping[int, ClientState],
+    stop: Event | None,
+) -> Cohort:
+    """Return the cohort as it begins to train, from what each client received and kept."""
+    e, first, shift, mask = task.experiment, received[0].weights, None, received[0].mask
+    if all(got.weights is first for got in received):
+        start = first.expand(len(ids), -1)  # everybody was sent the same: one copy in memory will do
+    else:
+        start = torch.stack([got.weights for got in received])
+    if e.strategy == "scaffold":
+        own = [states[client].get("control", torch.zeros_like(first)).to(first.device) for client in ids]
+        shift = torch.stack([got.control - c for got, c in zip(received, own, strict=True) if got.control is not None])
+    if e.devices == "sliced":
+        mask = torch.stack([torch.ones_like(first) if got.mask is None else got.mask.float() for got in received])
+    return Cohort(
+        task=task,
+        round=round,
+        ids=ids,
+        plans=[plan(task, round, client) for client in ids],
+        start=start,
+        weights=empty_aligned(start, *start.shape).copy_(start),
+        state=torch.stack([got.state for got in received]),
+        pull=e.proximal_mu if e.strategy == "fedprox" else 0.0,
+        shift=shift,
+        mask=mask,
+        stop=stop,
+    )
