@@ -17,7 +17,7 @@ def net():
 def test_parameters_state_and_nothing_else():
     flat = FlatModel(net(), X)
     assert flat.layout.names == ("0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias")
-    assert flat.layout.size == 6 + 3 + 3 + 3 + 3 + 1 and flat.layout.slices[0] == slice(0, 6)
+    assert flat.layout.size == 6 + 3 + 3 + 3 + 3 + 1 and flat.layout.sizes[0] == 6
     assert flat.state_layout.names == ("1.running_mean", "1.running_var", "1.num_batches_tracked")
     assert flat.whole.tolist() == [False] * 6 + [True]
     assert flat.variances.tolist() == [False] * 3 + [True] * 3 + [False]

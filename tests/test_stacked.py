@@ -150,7 +150,7 @@ def test_straight_through_takes_the_gradient_elsewhere(name):
     rounded = (weights * 16).round() / 16
     expected, kept, stack = weights.clone(), rounded.clone(), Stack(module, shape)
     x, labels = torch.randn(2, 4, *shape, dtype=torch.float64), torch.randint(0, 7, (2, 4))
-    stack.step(weights, x, seed(labels, mean(2, 4)), lr=0.1, forward=rounded)
+    stack.step(weights, x, seed(labels, mean(2, 4)), lr=0.1, at=rounded)
     for c in range(2):
         expected[c] -= 0.1 * slopes(module, rounded[c].clone(), x[c], labels[c])
     close(weights, expected)

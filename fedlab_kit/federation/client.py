@@ -12,21 +12,16 @@ from torch import Tensor, nn
 
 from fedlab_kit.compression.distill import distillation_slope, hard_slope
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation import setup
+from fedlab_kit.federation import messages, setup
 from fedlab_kit.federation.devices import width
 from fedlab_kit.federation.fast_path import empty_aligned
 from fedlab_kit.federation.masking import dense_gradient, grows
-from fedlab_kit.federation.messages import (
-    Broadcast,
-    ClientState,
-    ClientUpdate,
-    open_broadcast,
-    pack_payload,
-    remember,
-)
+from fedlab_kit.federation.messages import Broadcast, ClientState, ClientUpdate
 from fedlab_kit.federation.setup import Task, rng_for
 from fedlab_kit.models import Draws
 from fedlab_kit.wire.privacy import clip, poisson_sample, private_gradient
+
+States = Mapping[int, ClientState]
 
 
 class Stopped(Exception):
@@ -50,7 +45,7 @@ def cohort_step(
     experiment: Experiment | Task,
     round: int,
     broadcasts: Mapping[int, bytes],
-    states: Mapping[int, ClientState],
+    states: States,
     stop: Event | None = None,
 ) -> tuple[dict[int, bytes], dict[int, ClientState]]:
     """Do `client_step` for several clients at once; `stop` is looked at before every batch (raises `Stopped`)."""
@@ -70,24 +65,22 @@ def cohort_step(
         change = trained.sub_(cohort.start[k])  # in place: these are the largest tensors of a round
         update = ClientUpdate(task.samples(client), change, cohort.state[k], growth=growth)
         update, memory = _finish(task, update, got, len(cohort.plans[k]), states[client])
-        payloads[client], after[client] = pack_payload(task, round, client, update, got.mask, memory)
+        payloads[client], after[client] = messages.pack_payload(task, round, client, update, got.mask, memory)
     task.model.check_constants()
     return payloads, after
 
 
-def _open(
-    task: Task, ids: list[int], broadcasts: Mapping[int, bytes], states: Mapping[int, ClientState]
-) -> list[Broadcast]:
+def _open(task: Task, ids: list[int], broadcasts: Mapping[int, bytes], states: States) -> list[Broadcast]:
     """Open the broadcasts; one that goes to several clients who hold no weights or mask is opened once."""
     opened: dict[tuple[bytes, float], Broadcast] = {}
     received = []
     for client in ids:
         message, memory = broadcasts[client], states[client]
         if memory.keys() & {"copy", "mask", "own", "state"}:
-            received.append(open_broadcast(task, client, message, memory))
+            received.append(messages.open_broadcast(task, client, message, memory))
         else:
             key = message, width(task, client)
-            opened[key] = opened.get(key) or open_broadcast(task, client, message, {})
+            opened[key] = opened.get(key) or messages.open_broadcast(task, client, message, {})
             received.append(opened[key])
     return received
 
@@ -96,7 +89,7 @@ def _finish(
     task: Task, update: ClientUpdate, got: Broadcast, steps: int, state: ClientState
 ) -> tuple[ClientUpdate, ClientState]:
     """Return what the client has to say of what it learned, and what it keeps until it is next asked."""
-    e, memory, change, control = task.experiment, remember(task, got, state), update.update, None
+    e, memory, change, control = task.experiment, messages.remember(task, got, state), update.update, None
     if task.shared is not None and update.state is not None:
         memory["own"], memory["state"] = (got.weights + change).cpu()[~task.shared], update.state
         change = change * task.shared.to(change.device)
@@ -128,8 +121,8 @@ class Cohort:
     """Clients in training, those with more samples first: row k of every [C, ...] is the client `ids[k]`.
 
     `plans` are their batches; `weights` [C, P] and `state` [C, S] are trained in place, `start` [C, P] is where they
-    began. `pull` draws back towards it (FedProx, Li et al. 2020), `shift` [C, P] is added to the gradients (SCAFFOLD,
-    Karimireddy et al. 2020), `mask`, [P] or [C, P], marks the weights that may differ from zero.
+    began, `shift` [C, P] what SCAFFOLD adds to the gradients (Karimireddy et al. 2020); `mask`, [P] or [C, P], marks
+    the weights that may differ from zero.
     """
 
     task: Task
@@ -139,7 +132,6 @@ class Cohort:
     start: Tensor
     weights: Tensor
     state: Tensor
-    pull: float
     shift: Tensor | None
     mask: Tensor | None
     stop: Event | None
@@ -159,16 +151,10 @@ class Cohort:
 
     def _rows(self, rows: slice) -> Cohort:
         """Return a part of the cohort, in the same memory."""
-        return replace(
-            self,
-            ids=self.ids[rows],
-            plans=self.plans[rows],
-            start=self.start[rows],
-            weights=self.weights[rows],
-            state=self.state[rows],
-            shift=None if self.shift is None else self.shift[rows],
-            mask=self.mask if self.mask is None or self.mask.ndim == 1 else self.mask[rows],
-        )
+        names = ["ids", "plans", "start", "weights", "state", *(["shift"] if self.shift is not None else [])]
+        if self.mask is not None and self.mask.ndim == 2:
+            names.append("mask")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def _train_stacked(self) -> None:
         """Train a few clients at once; a client that has done its batches leaves the stack."""
@@ -253,9 +239,10 @@ class Cohort:
 
     def _correction(self, weights: Tensor) -> Tensor | None:
         """Return what the strategy adds to the gradients of the first clients, now at `weights` [rows, P]."""
-        if self.shift is not None:
-            return self.shift[: len(weights)]
-        return self.pull * (weights - self.start[: len(weights)]) if self.pull else None
+        e, count = self.task.experiment, len(weights)
+        if e.strategy == "fedprox":  # back towards where they began (Li et al. 2020)
+            return e.proximal_mu * (weights - self.start[:count])
+        return None if self.shift is None else self.shift[:count]
 
     def _apply_mask(self, weights: Tensor) -> None:
         """Put the masked weights of the first clients back to zero: `weights` [rows, P], in place."""
@@ -264,12 +251,7 @@ class Cohort:
 
 
 def _cohort(
-    task: Task,
-    round: int,
-    ids: list[int],
-    received: list[Broadcast],
-    states: Mapping[int, ClientState],
-    stop: Event | None,
+    task: Task, round: int, ids: list[int], received: list[Broadcast], states: States, stop: Event | None
 ) -> Cohort:
     """Return the cohort as it begins to train, from what each client received and kept."""
     e, first, shift, mask = task.experiment, received[0].weights, None, received[0].mask
@@ -282,16 +264,6 @@ def _cohort(
         shift = torch.stack([got.control - c for got, c in zip(received, own, strict=True) if got.control is not None])
     if e.devices == "sliced":
         mask = torch.stack([torch.ones_like(first) if got.mask is None else got.mask.float() for got in received])
-    return Cohort(
-        task=task,
-        round=round,
-        ids=ids,
-        plans=[plan(task, round, client) for client in ids],
-        start=start,
-        weights=empty_aligned(start, *start.shape).copy_(start),
-        state=torch.stack([got.state for got in received]),
-        pull=e.proximal_mu if e.strategy == "fedprox" else 0.0,
-        shift=shift,
-        mask=mask,
-        stop=stop,
-    )
+    plans, state = [plan(task, round, client) for client in ids], torch.stack([got.state for got in received])
+    weights = empty_aligned(start, *start.shape).copy_(start)
+    return Cohort(task, round, ids, plans, start, weights, state, shift, mask, stop)

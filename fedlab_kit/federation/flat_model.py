@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
 from math import prod
 
 import torch
@@ -37,23 +36,23 @@ class Layout:
         return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()))
 
     @cached_property
-    def slices(self) -> tuple[slice, ...]:
-        """Where each tensor lies in the vector."""
-        return tuple(slice(*ends) for ends in pairwise(accumulate(map(prod, self.shapes), initial=0)))
+    def sizes(self) -> list[int]:
+        """How many entries each tensor has."""
+        return list(map(prod, self.shapes))
 
     @property
     def size(self) -> int:
         """Length P of the vector."""
-        return sum(map(prod, self.shapes))
+        return sum(self.sizes)
 
     def tensors(self, vector: Tensor) -> dict[str, Tensor]:
         """Return the named tensors as views into `vector` [P]."""
-        parts = zip(self.names, self.shapes, self.slices, strict=True)
-        return {name: vector[where].view(shape) for name, shape, where in parts}
+        parts = zip(self.names, self.shapes, vector.split(self.sizes), strict=True)
+        return {name: part.view(shape) for name, shape, part in parts}
 
     def marked(self, names: set[str]) -> Tensor:
         """Return which entries belong to the tensors of these names, bool [P]."""
-        marks = [torch.full((prod(s),), n in names) for n, s in zip(self.names, self.shapes, strict=True)]
+        marks = [torch.full((size,), name in names) for name, size in zip(self.names, self.sizes, strict=True)]
         return torch.cat([torch.zeros(0, dtype=torch.bool), *marks])
 
 

@@ -72,8 +72,8 @@ def play(
         except Stopped:
             return
         # What was refused did not happen: that client goes on from what it kept before.
-        heard = {client for client in came.kept if client in record.answered or client not in came.payloads}
-        clients.update({client: memory for client, memory in came.kept.items() if memory and client in heard})
+        counted = {client for client in came.kept if client in record.answered or client not in came.payloads}
+        clients.update({client: memory for client, memory in came.kept.items() if memory and client in counted})
         yield state, replace(record, seconds=perf_counter() - began)
         if record.diverged:
             return

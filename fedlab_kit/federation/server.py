@@ -168,24 +168,20 @@ def server_step(
     the refused. `kept` is what clients keep, by id, where their models are their own and are to be evaluated. The
     record's `seconds` are left 0 for the loop to fill in.
     """
-    updates, refused = _receive(state, sent, payloads)
+    task, (updates, refused) = state.task, _receive(state, sent, payloads)
     refusals = tuple(sorted((*refused.items(), *(silent or {}).items())))
-    weights, optimizer = aggregate(state.task, state.round + 1, state.weights, state.optimizer, updates)
+    weights, optimizer = aggregate(task, state.round + 1, state.weights, state.optimizer, updates)
     for name in filter(optimizer.__contains__, FLAGS):  # who answered has it for certain, who was refused no longer
         optimizer = {**optimizer, name: optimizer[name].clone()}
         optimizer[name][list(updates)] = True
         optimizer[name][[client for client, _ in refusals]] = False
     weights, optimizer = _prune(state, updates, weights, optimizer)
     after = replace(state, round=state.round + 1, weights=weights, optimizer=optimizer)
-    result = _evaluate(after, {c: memory for c, memory in (kept or {}).items() if c not in refused})
-    return after, _record(after, sent, payloads, tuple(updates), refusals, result)
-
-
-def _evaluate(state: ServerState, kept: Mapping[int, ClientState]) -> Evaluation:
-    task = state.task
     if task.shared is None:
-        return task.evaluate(state.weights, task.dataset.validation, state.state)
-    return task.evaluate_own(task.own_model(state.weights, kept.get(client, {})) for client in range(len(task.shards)))
+        result = task.evaluate(weights, task.dataset.validation, after.state)
+    else:
+        result = task.evaluate_own(weights, {c: memory for c, memory in (kept or {}).items() if c not in refused})
+    return after, _record(after, sent, payloads, tuple(updates), refusals, result)
 
 
 def _record(

@@ -107,10 +107,10 @@ class Task:
         if self.experiment.qat == "off":
             return weights
         rounded, stacked = weights.clone(), weights.ndim == 2
-        for where, shape in zip(self.model.layout.slices, self.model.layout.shapes, strict=True):
+        shapes = self.model.layout.shapes
+        for part, shape in zip(rounded.split(self.model.layout.sizes, dim=-1), shapes, strict=True):
             if len(shape) >= 2:
-                tensor = weights[..., where].unflatten(-1, shape)
-                rounded[..., where] = quantized(tensor, self.experiment.qat, stacked).flatten(int(stacked))
+                part.copy_(quantized(part.unflatten(-1, shape), self.experiment.qat, stacked).flatten(int(stacked)))
         return rounded
 
     def evaluate(self, weights: Tensor, split: Split, state: Tensor | None = None) -> Evaluation:
@@ -129,18 +129,19 @@ class Task:
             weights[~self.shared] = memory["own"].to(weights.device)
         return weights, memory.get("state", self.initial_state)
 
-    def evaluate_own(self, models: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-        """Count the hits of each client's own model, (weights, state) by client, on its part of the validation split.
+    def evaluate_own(self, weights: Tensor, kept: Mapping[int, Mapping[str, Tensor]]) -> Evaluation:
+        """Count the hits of each client's `own_model` on its part of the validation split; the strata are the clients.
 
-        The strata are the clients.
+        `kept` is what clients keep, by id.
         """
         assert self.owner is not None
         held, device = self.dataset.validation, self.experiment.device
         logits = torch.zeros(len(held), len(self.dataset.classes), device=device)
-        for client, (weights, state) in enumerate(models):
+        for client in range(len(self.shards)):
             mine = self.owner == client
             if mine.any():
-                logits[mine.to(device)] = self.logits(self.on_grid(weights), Split(held.x[mine], held.y[mine]), state)
+                own, state = self.own_model(weights, kept.get(client, {}))
+                logits[mine.to(device)] = self.logits(self.on_grid(own), Split(held.x[mine], held.y[mine]), state)
         return Evaluation.of(logits, held.y.to(device), self.owner, len(self.shards))
 
 

@@ -5,18 +5,6 @@ from .codecs import CODECS, Bits, Codec, Exact, codec, make
 from .frame import compensate, pack, unpack, unpack_all, unpack_first
 
 __all__ = [
-    "CODECS",
-    "Bits",
-    "Codec",
-    "Exact",
-    "NotFinite",
-    "PayloadError",
-    "codec",
-    "compensate",
-    "finite",
-    "make",
-    "pack",
-    "unpack",
-    "unpack_all",
-    "unpack_first",
-]
+    "CODECS", "Bits", "Codec", "Exact", "NotFinite", "PayloadError", "codec", "compensate", "finite", "make", "pack",
+    "unpack", "unpack_all", "unpack_first",
+]  # fmt: skip

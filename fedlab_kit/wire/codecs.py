@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class Codec:
         """Whether decode(encode(x)) is x on average; a biased codec needs error feedback."""
         return False
 
-    def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
+    def encode(self, vector: Tensor, rng: Generator) -> bytes:
         """Pack a finite float32 vector [P] into `bytes`; every random choice is drawn from `rng`."""
         raise NotImplementedError
 
@@ -110,7 +111,7 @@ class FP32(Codec):
         """Exact, or so nearly that no feedback is needed."""
         return True
 
-    def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
+    def encode(self, vector: Tensor, rng: Generator) -> bytes:
         """`dtype` for each entry; numbers outside its range become its largest."""
         if self.dtype != vector.dtype:
             most = torch.finfo(self.dtype).max
@@ -160,7 +161,7 @@ class Grid(Scaled):
 
     levels: int
 
-    def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
+    def encode(self, vector: Tensor, rng: Generator) -> bytes:
         """A bfloat16 scale for each bucket, then the digits, as many to a byte as fit."""
         x = vector.numpy()
         packed, scale = self._scales(x)
@@ -210,7 +211,7 @@ class Sign(Scaled):
     Stochastic: plus or minus the bucket's largest magnitude, with the chances that make it right on average.
     """
 
-    def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
+    def encode(self, vector: Tensor, rng: Generator) -> bytes:
         """A bfloat16 scale for each bucket, then the bits, 1 for plus."""
         x = vector.numpy()
         packed, scale = self._scales(x)
@@ -250,7 +251,7 @@ class TopK(Codec):
             raise ValueError(f"values must be one of {', '.join(allowed)}, got {self.values!r}")
         self.inner = make(self.values, bucket=self.bucket, rounding=self.rounding)
 
-    def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
+    def encode(self, vector: Tensor, rng: Generator) -> bytes:
         """How many, where (Rice-coded gaps or a bitmap, whichever is shorter), and the values."""
         x = vector.numpy()
         chosen = self._choose(x)
@@ -300,7 +301,7 @@ class Bits(Codec):
 
     name, id = "bits", 20
 
-    def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
+    def encode(self, vector: Tensor, rng: Generator) -> bytes:
         """Eight entries to a byte, the last byte padded with zeros."""
         return np.packbits(vector.numpy() != 0).tobytes()
 
@@ -325,7 +326,7 @@ class Exact(Codec):
         super().__init__()
         self._whole = whole.numpy()
 
-    def encode(self, vector: Tensor, rng: np.random.Generator) -> bytes:
+    def encode(self, vector: Tensor, rng: Generator) -> bytes:
         """The statistics, then the counters, little endian."""
         x = vector.numpy()
         return x[~self._whole].astype("<f4").tobytes() + x[self._whole].astype("<i8").tobytes()

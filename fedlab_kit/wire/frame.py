@@ -12,8 +12,8 @@ import struct
 from collections.abc import Sequence
 from zlib import crc32
 
-import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 from fedlab_kit.catalog import is_built_in
@@ -26,7 +26,7 @@ FIELDS = struct.Struct("<BBII")  # the header without the checksum over it
 ZSTD = 1  # flag: the body went through zstd
 
 
-def pack(codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator, zstd: bool = False) -> bytes:
+def pack(codec: Codec, vector: Tensor, *, samples: int, rng: Generator, zstd: bool = False) -> bytes:
     """One frame with a float32 vector [P] and the number of samples behind it; NotFinite if it is not finite.
 
     `zstd` compresses the body where that makes it shorter. A codec that is not built in reads its own body back:
@@ -39,7 +39,7 @@ def pack(codec: Codec, vector: Tensor, *, samples: int, rng: np.random.Generator
 
 
 def compensate(
-    update: Tensor, residual: Tensor, codec: Codec, rng: np.random.Generator, *, samples: int, zstd: bool = False
+    update: Tensor, residual: Tensor, codec: Codec, rng: Generator, *, samples: int, zstd: bool = False
 ) -> tuple[bytes, Tensor]:
     """Error feedback: send update + residual, keep what the codec lost (Karimireddy et al. 2019).
 
@@ -80,7 +80,7 @@ def unpack_first(payload: bytes, codec: Codec, *, size: int) -> tuple[Tensor, by
     return vector, payload[end:]
 
 
-def _encoded(codec: Codec, vector: Tensor, rng: np.random.Generator) -> bytes:
+def _encoded(codec: Codec, vector: Tensor, rng: Generator) -> bytes:
     """What a codec makes of a finite vector. ValueError, naming codec and method, unless it is a body to be sent."""
     if not finite(vector):
         raise NotFinite("the update holds NaN or infinity: lower the learning rate")

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -104,18 +105,13 @@ def clip(update: Tensor, norm: float) -> Tensor:
     return update * min(1.0, norm / max(float(update.norm()), 1e-12))
 
 
-def poisson_sample(population: int, rate: float, rng: np.random.Generator) -> NDArray[np.int64]:
+def poisson_sample(population: int, rate: float, rng: Generator) -> NDArray[np.int64]:
     """Which of a population are drawn, each on its own with chance `rate`: between none and all of them."""
     return np.flatnonzero(rng.random(population) < rate)
 
 
 def noisy_mean(
-    updates: Sequence[Tensor],
-    norm: float,
-    noise_multiplier: float,
-    expected: float,
-    rng: np.random.Generator,
-    size: int,
+    updates: Sequence[Tensor], norm: float, noise_multiplier: float, expected: float, rng: Generator, size: int
 ) -> Tensor:
     """The server's step for client-level privacy: sum of the clipped updates plus noise, over `expected`.
 
@@ -129,13 +125,7 @@ def noisy_mean(
 
 
 def private_gradient(
-    module: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    norm: float,
-    noise_multiplier: float,
-    expected: float,
-    rng: np.random.Generator,
+    module: nn.Module, x: Tensor, y: Tensor, norm: float, noise_multiplier: float, expected: float, rng: Generator
 ) -> Tensor:
     """The gradient of DP-SGD [T], parameters in the module's order: clipped sample by sample, noised, over `expected`.
 
@@ -158,7 +148,7 @@ def private_gradient(
     return total / expected
 
 
-def gaussian(size: int, deviation: float, rng: np.random.Generator) -> Tensor:
+def gaussian(size: int, deviation: float, rng: Generator) -> Tensor:
     """Independent normal noise [size]."""
     return torch.from_numpy(rng.standard_normal(size, np.float32)) * deviation
 
@@ -205,7 +195,7 @@ def _renyi(noise_multiplier: float, rate: float) -> NDArray[np.float64]:
 Words = NDArray[np.uint32]
 
 
-def to_grid(update: Tensor, step: float, rng: np.random.Generator) -> Words:
+def to_grid(update: Tensor, step: float, rng: Generator) -> Words:
     """The update [P] as whole numbers of a `step` that all clients share, stochastically rounded, modulo 2**32."""
     scaled = update.double().numpy() / step
     return np.floor(scaled + rng.random(len(scaled))).astype(np.int64).astype(np.uint32)
