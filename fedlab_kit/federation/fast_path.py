@@ -50,12 +50,12 @@ class Stack:
         layer and the last, which is a Linear. Convolutions are square, without stride, padding, groups or dilation;
         pools are square, 2 or 4 wide, and do not overlap. All parameters are trained, none is shared; no buffers.
         """
-        if type(module) is not nn.Sequential or not all(_plain(layer) for layer in module):
+        if type(module) is not nn.Sequential:
             return False
         order = "(CR*(PR*)?)*F(LR*)*L" if len(shape) == 3 else "F?(LR*)*L" if len(shape) == 1 else "F(LR*)*L"
         parameters = list(module.parameters())
         return (
-            re.fullmatch(order, _letters(module)) is not None
+            re.fullmatch(order, "".join(map(_letter, module))) is not None
             and all(p.requires_grad and p.is_floating_point() for p in parameters)
             and len(parameters) == sum(len(list(layer.parameters())) for layer in module)
             and next(module.buffers(), None) is None
@@ -98,8 +98,19 @@ class Stack:
         return [[next(views) for _ in range(layer.parameters)] for layer in self.layers]
 
 
-def _letters(module: nn.Sequential) -> str:
-    return "".join(_LETTERS.get(type(layer), "?") for layer in module)
+def _letter(layer: nn.Module) -> str:
+    """Return the letter of a layer's kind, or "?" for a kind or an option that this file does not know."""
+    known = True
+    if type(layer) is nn.Conv2d:
+        windows = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        known = windows == ((1, 1), (0, 0), (1, 1), 1) and _square(layer.kernel_size) > 0
+    elif type(layer) is nn.MaxPool2d:
+        side, dense = _square(layer.kernel_size), layer.padding in (0, (0, 0)) and layer.dilation in (1, (1, 1))
+        options = layer.ceil_mode or layer.return_indices
+        known = side in (2, 4) and _square(layer.stride) == side and dense and not options
+    elif type(layer) is nn.Flatten:
+        known = (layer.start_dim, layer.end_dim) == (1, -1)
+    return _LETTERS.get(type(layer), "?") if known else "?"
 
 
 def _square(size: int | tuple[int, ...]) -> int:
@@ -108,24 +119,10 @@ def _square(size: int | tuple[int, ...]) -> int:
     return sides.pop() if len(sides) == 1 else 0
 
 
-def _plain(layer: nn.Module) -> bool:
-    """Tell whether a layer of a kind that we know has no option that we do not."""
-    if type(layer) is nn.Conv2d:
-        windows = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return windows == ((1, 1), (0, 0), (1, 1), 1) and _square(layer.kernel_size) > 0
-    if type(layer) is nn.MaxPool2d:
-        side, dense = _square(layer.kernel_size), layer.padding in (0, (0, 0)) and layer.dilation in (1, (1, 1))
-        options = layer.ceil_mode or layer.return_indices
-        return side in (2, 4) and _square(layer.stride) == side and dense and not options
-    if type(layer) is nn.Flatten:
-        return (layer.start_dim, layer.end_dim) == (1, -1)
-    return type(layer) in _LETTERS
-
-
 def _layers(module: nn.Sequential, shape: tuple[int, ...]) -> Iterator[Linear | Conv]:
     """Build the layers, each with the pool and the ReLU that follow it; max and ReLU may change places."""
     size = shape[-2:]
-    for found in re.finditer("[CL][PR]*", _letters(module)):
+    for found in re.finditer("[CL][PR]*", "".join(map(_letter, module))):
         first, *others = list(module)[found.start() : found.end()]
         relu = "R" in found.group()
         if isinstance(first, nn.Linear):

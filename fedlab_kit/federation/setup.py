@@ -106,12 +106,12 @@ class Task:
         """Return `weights` [P] or [clients, P] rounded to the grid of `qat`; the same tensor when that is off."""
         if self.experiment.qat == "off":
             return weights
-        rounded, stacked = weights.clone(), weights.ndim == 2
-        shapes = self.model.layout.shapes
-        for part, shape in zip(rounded.split(self.model.layout.sizes, dim=-1), shapes, strict=True):
+        layout, stacked, rounded = self.model.layout, weights.ndim == 2, []
+        for part, shape in zip(weights.split(layout.sizes, dim=-1), layout.shapes, strict=True):
             if len(shape) >= 2:
-                part.copy_(quantized(part.unflatten(-1, shape), self.experiment.qat, stacked).flatten(int(stacked)))
-        return rounded
+                part = quantized(part.unflatten(-1, shape), self.experiment.qat, stacked).flatten(int(stacked))
+            rounded.append(part)
+        return torch.cat(rounded, dim=-1)
 
     def evaluate(self, weights: Tensor, split: Split, state: Tensor | None = None) -> Evaluation:
         """Count the hits of the model with `weights` [P] and `state` [S] on a split, stratum by stratum.
