@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 
 import torch
@@ -23,27 +21,13 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """The layers that count as normalization."""
 
 
-@dataclass(frozen=True)
 class Layout:
-    """Names and shapes of tensors that lie end to end in a vector."""
+    """How named tensors lie end to end in a vector [P]: `names`, `shapes` and `sizes` in their order, P is `size`."""
 
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
-        """Return the layout of named tensors in their order."""
-        return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()))
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """How many entries each tensor has."""
-        return list(map(prod, self.shapes))
-
-    @property
-    def size(self) -> int:
-        """Length P of the vector."""
-        return sum(self.sizes)
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.names, self.shapes = tuple(tensors), tuple(tuple(tensor.shape) for tensor in tensors.values())
+        self.sizes = [prod(shape) for shape in self.shapes]
+        self.size = sum(self.sizes)
 
     def tensors(self, vector: Tensor) -> dict[str, Tensor]:
         """Return the named tensors as views into `vector` [P]."""
@@ -76,7 +60,7 @@ class FlatModel:
                 raise ValueError(f"model tensor {name} must be float32, got {tensor.dtype}")
         if not parameters:
             raise ValueError(f"model {type(module).__name__} must have a parameter to train, all are frozen")
-        self.layout = Layout.of(parameters)
+        self.layout = Layout(parameters)
         self.weights = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
         self.gradient = torch.zeros_like(self.weights)
         gradients = self.layout.tensors(self.gradient)
@@ -86,11 +70,10 @@ class FlatModel:
         for name, tensor in self._state.items():
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise ValueError(f"model buffer {name} must be float32 or whole numbers, got {tensor.dtype}")
-        self.state_layout = Layout.of(self._state)
+        self.state_layout = Layout(self._state)
         self.whole = self.state_layout.marked({n for n, t in self._state.items() if not t.is_floating_point()})
         self.variances = self.state_layout.marked({n for n in self._state if n.endswith("running_var")})
-        self._constants = {n: b for n, b in module.named_buffers() if n not in self._state}
-        self._before = {name: constant.clone() for name, constant in self._constants.items()}
+        self._constants = {n: (b, b.clone()) for n, b in module.named_buffers() if n not in self._state}
 
     @property
     def state(self) -> Tensor:
@@ -122,8 +105,8 @@ class FlatModel:
 
     def check_constants(self) -> None:
         """Raise ValueError naming a buffer that training changed although it did not look like state."""
-        for name, constant in self._constants.items():
-            if not torch.equal(constant, self._before[name]):
+        for name, (now, before) in self._constants.items():
+            if not torch.equal(now, before):
                 raise ValueError(
                     f"model buffer {name} must change in every training step or never, it changed in some: it is "
                     "neither a constant nor state that could be averaged"
