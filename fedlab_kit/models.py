@@ -72,7 +72,7 @@ def flops(model: nn.Module, inputs: Tensor | Sequence[int]) -> int:
     convolutions, recurrent layers and attention count, element by element nothing does.
     """
     copied = deepcopy(model).cpu().eval().requires_grad_(True)  # with gradients torch takes no path that it fuses
-    sample, counter = as_batch(inputs)[:1].cpu(), _Counter()
+    sample, counter = as_batch(inputs)[:1].cpu().clone(), _Counter()
     with torch.enable_grad(), Draws(0).inside(), counter:
         copied(sample)
     return counter.total
