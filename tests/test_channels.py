@@ -135,6 +135,26 @@ def attention() -> nn.Module:
     return net
 
 
+def positions() -> nn.Module:
+    """Positions in a buffer, as in PyTorch's tutorial, and two layers."""
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 40), 2, enable_nested_tensor=False)
+    net = Of(
+        lambda net, x: net.head(net.layers(net.first(x.transpose(0, 1)) + net.places[: x.shape[1]]).mean(0)),
+        first=nn.Linear(6, 32), layers=layers, head=nn.Linear(32, 4),
+    )  # fmt: skip
+    net.register_buffer("places", torch.randn(20, 1, 32))
+    return net
+
+
+def two_recurrent() -> nn.Module:
+    def forward(net: Of, x: Tensor) -> Tensor:
+        x = net.table(x.abs().long()[..., 0] % 20)
+        return net.head(net.second(net.first(x)[0])[0].mean(1))
+
+    recurrent = {"first": nn.LSTM(16, 24, batch_first=True), "second": nn.GRU(24, 20, batch_first=True)}
+    return Of(forward, table=nn.Embedding(20, 16), head=nn.Linear(20, 4), **recurrent)
+
+
 def group_norms() -> nn.Module:
     def forward(net: Of, x: Tensor) -> Tensor:
         x = F.relu(net.norm(torch.cat([net.a(x), net.b(x)], 1)))
@@ -150,9 +170,10 @@ PLAIN = [  # no normalization over channels, so that zeroed ones are as good as 
     (gated, ROWS), (grouped, IMAGES), (transposed, IMAGES), (words, ROWS),
     (series(nn.LSTM), TIMES), (series(nn.GRU), TIMES), (series(nn.RNN, layers=2), TIMES),
     (series(nn.LSTM, state=True), TIMES), (series(nn.GRU, state=True, layers=2), TIMES),
+    (two_recurrent, TIMES),
     (series(nn.LSTM, both=True), TIMES), (series(nn.GRU, both=True), TIMES), (series(nn.GRU, True, True), TIMES),
 ]  # fmt: skip
-OTHERS = [(attention, TIMES), (group_norms, IMAGES)]
+OTHERS = [(attention, TIMES), (positions, TIMES), (group_norms, IMAGES)]
 
 
 def names(case: object) -> str:
@@ -244,7 +265,7 @@ def test_the_plan_says_what_really_goes(function, shape) -> None:
     told = {name: (before, after) for name, before, after in plan.rows}
     last = list(model.named_modules())[-1][0] if isinstance(model, nn.Sequential) else "head"
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and name not in (last, "layer.self_attn.out_proj"):
+        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and name != last and not name.endswith("out_proj"):
             width = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
             assert told[name] == (getattr(layer, width), getattr(small.get_submodule(name), width))
     assert last not in told
@@ -376,6 +397,7 @@ def test_ratios_that_leave_the_same_widths_are_named() -> None:
         same = [row for (*row,) in plan_channels(net, ROWS, ratio).rows] == [row for (*row,) in plan.rows]
         assert same == (ratio in plan.alike)
     assert not plan_channels(net, ROWS, 0.5, multiple=1).note
+    assert plan_channels(nn.Sequential(nn.Linear(10, 50), nn.Linear(50, 4)), ROWS, 0.02).alike == (0.05, 0.1)  # not 0
 
 
 def test_nothing_to_remove_is_noted() -> None:

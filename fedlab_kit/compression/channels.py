@@ -110,7 +110,8 @@ def plan_channels(
     [n, ...] or a sample's shape, `name` what errors call the model. Raises ValueError when a layer would lose all of
     its channels, and when the network would break wherever one is removed.
     """
-    sample = as_batch(inputs)[:2].to(next(model.parameters()).device)
+    sample = as_batch(inputs)[:2]
+    sample = sample.to(next(model.parameters(), sample).device)
     remedy = f"prune must be 'weight' for model {name or type(model).__name__!r}, got 'channel': torch-pruning"
     with TURN:
         try:
@@ -132,7 +133,7 @@ def plan_channels(
     def widths(ratio: float) -> list[int]:
         return [_kept(group, ratio, multiple) for group in groups if not group.fault]
 
-    knob = [step / 20 for step in range(20)]
+    knob = [step / 20 for step in range(1, 20)]
     alike = tuple(other for other in knob if other != ratio and widths(other) == widths(ratio))
     plan = ChannelPlan(ratio, (), tuple(faults), alike, cuts)
     return replace(plan, rows=_rows(model, prune_channels(model, plan), groups))
@@ -149,7 +150,8 @@ def prune_channels(model: nn.Module, plan: ChannelPlan) -> nn.Module:
         if name in layers:
             remove(layers[name], sorted(gone))
         else:
-            _place(small, name, _without(small.get_parameter(name), sorted(gone), axis))
+            owner, _, last = name.rpartition(".")
+            setattr(layers[owner], last, _without(getattr(layers[owner], last), sorted(gone), axis))
     _as_before(small, model)
     return small
 
@@ -161,19 +163,15 @@ def _as_before(small: nn.Module, model: nn.Module) -> None:
         tied = small.get_parameter(first[id(parameter)])
         if not torch.equal(tied, small.get_parameter(name)):
             raise ValueError(f"tied weights {first[id(parameter)]} and {name} would differ")
-        tied.requires_grad_(parameter.requires_grad)
-        _place(small, name, tied)
+        owner, _, last = name.rpartition(".")
+        setattr(small.get_submodule(owner), last, tied.requires_grad_(parameter.requires_grad))
 
 
-def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, last = name.rpartition(".")
-    setattr(model.get_submodule(path), last, parameter)
-
-
-def _without(parameter: nn.Parameter, gone: Sequence[int], axis: int) -> nn.Parameter:
-    kept = torch.ones(parameter.shape[axis], dtype=torch.bool, device=parameter.device)
+def _without(tensor: Tensor, gone: Sequence[int], axis: int) -> Tensor:
+    kept = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
     kept[list(gone)] = False
-    return nn.Parameter(parameter.detach().index_select(axis, kept.nonzero().flatten()))
+    left = tensor.detach().index_select(axis, kept.nonzero().flatten())
+    return nn.Parameter(left) if isinstance(tensor, nn.Parameter) else left
 
 
 def _kept(group: Group, ratio: float, multiple: int) -> int:
@@ -212,15 +210,27 @@ def _proposal(graph: Any, whole: Any, names: dict[Any, str], group: Group, ratio
     """Return the group with the cuts by which the least important channels go, at the same places in each part."""
     group = group._replace(parts=math.lcm(*(_parts(dep.layer) for dep, _ in whole)))
     size, gone = group.width // group.parts, group.width - _kept(group, ratio, multiple)
-    scores = importance.GroupMagnitudeImportance(p=2)(whole)
-    if not gone or scores is None:
+    if not gone:
         return group
+    scores = importance.GroupMagnitudeImportance(p=2)(whole)
+    scores = _squares(whole[0].dep.layer) if scores is None else scores
     places = scores.view(group.parts, size).mean(0).argsort(stable=True)[: gone // group.parts].tolist()
     channels = [part * size + place for part in range(group.parts) for place in places]
     root = whole[0].dep
     found = graph.get_pruning_group(root.layer, root.pruning_fn, sorted(channels))
     cuts = [Cut(names[d.layer], d.pruning_fn, d.target.pruning_dim, gone) for d, gone in found if d.layer in names]
     return group._replace(cuts=tuple(cuts))
+
+
+def _squares(layer: nn.Module) -> Tensor:
+    """Return each channel's sum of squared weights [width] for the layers that the library does not rate."""
+    if isinstance(layer, nn.Embedding):
+        return layer.weight.detach().square().sum(0)
+    if isinstance(layer, nn.RNNBase):
+        weights = [p.detach() for name, p in layer.named_parameters() if name.startswith("weight")]
+        return torch.cat([w.view(-1, layer.hidden_size, w.shape[1]).square().sum(0) for w in weights], 1).sum(1)
+    name = "out_proj.weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+    return layer.get_parameter(name).detach().square().flatten(1).sum(1)
 
 
 def _parts(layer: Any) -> int:
@@ -239,6 +249,11 @@ def _graph(model: nn.Module, sample: Tensor) -> tuple[Any, nn.Module, dict[Any, 
     whole = nn.ModuleDict({"entry": entry, "model": copy.deepcopy(model)}).requires_grad_(True).eval().to(sample.device)
     ends: list[Tensor] = []
     for layer in whole.modules():
+        if not type(layer).__module__.startswith("torch.nn.modules."):
+            for name, table in list(layer.named_buffers(recurse=False)):
+                if table.is_floating_point() and table.ndim > 1:  # of positions: the graph sees it as a parameter
+                    delattr(layer, name)
+                    layer.register_parameter(name, nn.Parameter(table))
         if isinstance(layer, nn.RNNBase):
             layer.register_forward_hook(_as_one)
         if isinstance(layer, nn.Linear | CONV):
