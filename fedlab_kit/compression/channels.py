@@ -86,8 +86,8 @@ class ChannelPlan:
             return "channel pruning removed nothing: too few channels outside the class outputs"
         notes = []
         if self.broken:
-            layers = ", ".join(self.broken)
-            notes.append(f"torch-pruning would break {layers}: they keep their channels, prune='weight' reaches them")
+            layers = f"torch-pruning would break {_some(self.broken)}"
+            notes.append(f"{layers}: they keep their channels, prune='weight' reaches them")
         if self.alike:
             least, most = min(self.ratio, *self.alike), max(self.ratio, *self.alike)
             notes.append(f"any prune_ratio from {least:g} to {most:g} leaves the same widths")
@@ -128,7 +128,7 @@ def plan_channels(
     faults = {layer: group.fault for group in groups for layer in group.layers if group.fault}
     cuts = tuple(cut for group in groups for cut in group.cuts)
     if faults and not cuts:
-        raise ValueError(f"{remedy} breaks {', '.join(faults)} ({next(iter(faults.values()))})")
+        raise ValueError(f"{remedy} breaks {_some(tuple(faults))} ({next(iter(faults.values()))})")
 
     def widths(ratio: float) -> list[int]:
         return [_kept(group, ratio, multiple) for group in groups if not group.fault]
@@ -176,8 +176,8 @@ def _without(tensor: Tensor, gone: Sequence[int], axis: int) -> Tensor:
 
 def _kept(group: Group, ratio: float, multiple: int) -> int:
     """How many of a layer's channels stay: rounded to blocks where it is wide, as many in each part everywhere."""
-    left = group.width * (1 - ratio)
-    step = math.lcm(multiple, group.parts) if group.width >= WIDE and left >= multiple / 2 else group.parts
+    left, blocks = group.width * (1 - ratio), math.lcm(multiple, group.parts)
+    step = blocks if group.width >= WIDE and group.width > blocks and left >= blocks / 2 else group.parts
     return min(group.width, max(math.floor(left / step + 0.5) * step, group.parts if left >= 0.5 else 0))
 
 
@@ -245,7 +245,9 @@ def _parts(layer: Any) -> int:
 def _graph(model: nn.Module, sample: Tensor) -> tuple[Any, nn.Module, dict[Any, str]]:
     """Return torch-pruning's graph of a copy of the model, the layer its inputs come from, and its parts' names."""
     # the graph sees no inputs, and miscounts what is joined to them or joined and flattened: let layers stand there
-    entry = nn.SyncBatchNorm(sample.shape[1]) if sample.is_floating_point() and sample.ndim > 1 else nn.Identity()
+    entry = (
+        nn.SyncBatchNorm(sample.shape[1], eps=0.0) if sample.is_floating_point() and sample.ndim > 1 else nn.Identity()
+    )
     whole = nn.ModuleDict({"entry": entry, "model": copy.deepcopy(model)}).requires_grad_(True).eval().to(sample.device)
     ends: list[Tensor] = []
     for layer in whole.modules():
@@ -348,14 +350,14 @@ def _as_one(layer: nn.RNNBase, args: Any, outputs: Any) -> Any:
     if not isinstance(output, Tensor):
         return outputs
     output = output.detach() + 0 * (args[0].mean(-1, keepdim=True) + layer.get_parameter("weight_hh_l0").mean())
-    last = output.select(-2 if layer.batch_first else 0, -1)[..., : layer.hidden_size]
-    hidden = last.expand(len(state[0] if isinstance(state, tuple) else state), *last.shape)
+    final = state[0] if isinstance(state, tuple) else state
+    hidden = output.select(-2 if layer.batch_first else 0, -1)[..., : final.shape[-1]].expand_as(final)
     return output, (hidden, hidden) if isinstance(state, tuple) else hidden
 
 
 def _sound(model: nn.Module, sample: Tensor, groups: list[Group]) -> list[Group]:
     """Return the groups without the cuts that break the network: all are tried together, and else one by one."""
-    if not _fault(model, sample, groups):
+    if not any(group.cuts for group in groups) or not _fault(model, sample, groups):
         return groups
     tried: list[Group] = []
     for group in groups:
@@ -432,6 +434,10 @@ def _rows(model: nn.Module, small: nn.Module, groups: list[Group]) -> tuple[tupl
 
 def _width(layer: nn.Module) -> int:
     return next(getattr(layer, width) for kind, width in WIDTHS.items() if isinstance(layer, kind))
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _line(error: Exception) -> str:
