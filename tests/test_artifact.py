@@ -119,6 +119,18 @@ def test_recipes_do_to_the_file_what_they_say(run: fk.Run, tmp_path: Path) -> No
     assert not any(artifact.note for artifact in (plain, weight, channel, half, dynamic, static, four, both))
 
 
+def test_the_card_says_what_channel_pruning_left_alone(run: fk.Run, tmp_path: Path) -> None:
+    shuffle = [nn.Conv2d(16, 16, 3, groups=4), nn.ChannelShuffle(4), nn.Conv2d(16, 24, 1, groups=4)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)]
+    other = stand_in(run, nn.Sequential(nn.Conv2d(1, 16, 9, 4), nn.ReLU(), *shuffle, *head))
+    channel = compress(other, fk.Recipe(prune="channel", prune_ratio=0.5), tmp_path)
+    assert "torch-pruning would break 2: they keep their channels, prune='weight' reaches them" in channel.note
+    assert channel.note == load(channel.path).note == channel.card["measured"]["note"]
+    assert channel.parameters == 8 * 81 + 8 + 16 * 2 * 9 + 16 + 12 * 4 + 12 + 12 * 10 + 10
+    twice = compress(other, fk.Recipe(prune="channel", prune_ratio=0.5), tmp_path / "again")
+    assert twice.path.read_bytes() == channel.path.read_bytes()
+
+
 def test_pruned_zeros_survive_quantization(run: fk.Run, tmp_path: Path) -> None:
     for dtype in ("fp16", "int8", "int4"):
         artifact = compress(run, fk.Recipe(prune="weight", prune_ratio=0.7, dtype=dtype), tmp_path)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import fedlab_kit as fk
 from fedlab_kit.compression.distill import centred_mse, distillation_loss, distillation_slope
-from fedlab_kit.compression.prune import prunable_mask
 from fedlab_kit.compression.quantize import quantized
 from fedlab_kit.federation import rounds as loop
 from fedlab_kit.federation.masking import adjusts, first_mask
@@ -36,7 +35,7 @@ def play(experiment):
 
 
 def prunable(experiment):
-    return prunable_mask(made(experiment).model.layout.shapes)
+    return made(experiment).model.prunable
 
 
 # ---- masks

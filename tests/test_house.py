@@ -9,8 +9,9 @@ ROOT = Path(fedlab_kit.__file__).parent
 ORDER = [
     "settings", "experiment", "catalog", "statistics", "files", "download", "data", "clinic", "hospitals",
     "partition", "models",
-    "compression.prune", "compression.quantize", "compression.distill", "wire.steps", "wire.codec", "wire.bits",
-    "wire.dense", "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "wire.secure",
+    "compression.channels", "compression.prune", "compression.quantize", "compression.distill",
+    "wire.steps", "wire.codec", "wire.bits", "wire.dense",
+    "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "wire.secure",
     "federation.layers", "federation.stacked", "federation.flat", "federation.task",
     "federation.devices", "federation.masking",
     "federation.objective", "federation.messages", "federation.record", "federation.strategies", "federation.ensemble",

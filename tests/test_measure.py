@@ -9,7 +9,6 @@ from fedlab_kit.data import Preprocess, Split
 from fedlab_kit.deployment import measure
 from fedlab_kit.deployment.convert import client_ranges, convert
 from fedlab_kit.deployment.export import export
-from fedlab_kit.models import flops
 
 RAW = torch.arange(12, dtype=torch.float32).reshape(4, 3)
 
@@ -50,10 +49,6 @@ def test_a_timing_is_the_median_and_the_distance_of_the_quartiles(monkeypatch: p
         now[0] += next(takes)
 
     assert measure.timings([call], seconds=0, least=5) == [measure.Timing(3.0, 2.0)]
-
-
-def test_flops_of_a_matrix_are_two_per_weight() -> None:
-    assert flops(nn.Linear(3, 2), (3,)) == 2 * 3 * 2
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int8 static", "int4"])

@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedlab_kit import data
-from fedlab_kit.compression.prune import TURN, plan_channels, prune_channels, prune_weights
+from fedlab_kit.compression.channels import TURN
+from fedlab_kit.compression.prune import prune
 from fedlab_kit.deployment import convert, measure
 from fedlab_kit.deployment.export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
@@ -90,7 +91,8 @@ def compress(run: Run, recipe: Recipe, folder: Path | str | None = None, client:
 
 def _compress(run: Run, recipe: Recipe, folder: Path | str | None, client: int | None) -> Artifact:
     original, held = _whose(run, client)
-    model = prune(original, run.dataset.shape, recipe)
+    sample = run.dataset.preprocess(held.x[:2])
+    model, pruning = prune(original, sample, recipe, run.experiment.model)
     converted = _converted(run, recipe, model, run.shards if client is None else [run.shards[client]])
     whose = "" if client is None else f"client{client}-"
     name = f"{file_name(run.experiment.model)}-{run.key[:8]}-{whose}{slug(recipe)}.onnx"
@@ -110,8 +112,8 @@ def _compress(run: Run, recipe: Recipe, folder: Path | str | None, client: int |
                 **_behaviour(session, held),
                 "sparsity": measure.sparsity(converted),
                 "parameters": after,
-                "flops": flops(model, run.dataset.shape),
-                "note": _note(recipe, before, after, converted),
+                "flops": flops(model, sample),
+                "note": "; ".join(filter(None, [pruning, _note(recipe, converted)])),
             },
             **when_and_where(),
         }
@@ -145,15 +147,6 @@ def check_card(card: dict[str, Any]) -> None:
         raise TypeError(f"numbers are expected, got {numbers!r:.200}")
     if not all(isinstance(word, str) for word in words):
         raise TypeError(f"text is expected, got {words!r:.200}")
-
-
-def prune(model: nn.Module, shape: tuple[int, ...], recipe: Recipe) -> nn.Module:
-    """Return the model as the recipe prunes it: a copy, or the model itself at ratio 0."""
-    if recipe.prune_ratio == 0:
-        return model
-    if recipe.prune == "weight":
-        return prune_weights(model, recipe.prune_ratio)
-    return prune_channels(model, shape, plan_channels(model, shape, recipe.prune_ratio))
 
 
 def slug(recipe: Recipe) -> str:
@@ -257,19 +250,16 @@ def _behaviour(session: Any, validation: data.Split) -> dict[str, Any]:
     }
 
 
-def _note(recipe: Recipe, before: int, after: int, converted: Any) -> str:
-    """Say so when the pruning removed nothing, or the dtype reached few of the weights or none."""
-    notes = []
-    if recipe.prune == "channel" and recipe.prune_ratio and after == before:
-        notes.append("channel pruning removed nothing: too few channels outside the class outputs")
+def _note(recipe: Recipe, converted: Any) -> str:
+    """Say so when the dtype reached few of the weights or none."""
     weights = list(measure.stored_weights(converted).values())
     total = sum(w.size for w in weights)
     reached = sum(w.size for w in weights if w.dtype != np.float32)
     if recipe.dtype != "fp32" and 2 * reached < total:
         name = f"{recipe.dtype} {recipe.quantization}" if recipe.dtype == "int8" else recipe.dtype
         reach = f"reaches only {reached / total:.1%} of the weights" if reached else "does nothing"
-        notes.append(f"{name} {reach} here: it is for Linear weights, the convolutions stay fp32")
-    return "; ".join(notes)
+        return f"{name} {reach} here: it is for Linear weights, the convolutions stay fp32"
+    return ""
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

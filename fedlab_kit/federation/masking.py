@@ -12,7 +12,7 @@ from math import ceil, cos, pi
 import torch
 from torch import Tensor
 
-from fedlab_kit.compression.prune import mask_ratio, masked_share, prunable_mask, random_mask, regrow, shrink
+from fedlab_kit.compression.prune import mask_ratio, masked_share, random_mask, regrow, shrink
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.task import Task
 
@@ -25,15 +25,15 @@ def first_mask(job: Task) -> Tensor | None:
     What a `start` was pruned of stays zero. A dynamic or a fixed mask has its full size from the beginning: what it
     still lacks is drawn at random, or after a pruned start taken from its smallest weights.
     """
-    experiment, shapes = job.experiment, job.model.layout.shapes
+    experiment, candidates = job.experiment, job.model.prunable
     whole = experiment.mask_ratio and experiment.mask_schedule in ("dynamic", "fixed")
     if was_pruned(experiment):
-        kept = (job.initial != 0) | ~prunable_mask(shapes).to(job.initial.device)
+        kept = (job.initial != 0) | ~candidates
         scores = torch.rand(len(kept), generator=torch.Generator().manual_seed(experiment.seed)).to(kept.device)
         scores = scores if experiment.mask_schedule == "fixed" else job.initial.abs()
-        return shrink(kept, scores, shapes, experiment.mask_ratio) if whole else kept
+        return shrink(kept, scores, candidates, experiment.mask_ratio) if whole else kept
     if whole:
-        return random_mask(shapes, experiment.mask_ratio, experiment.seed).to(job.initial.device)
+        return random_mask(candidates, experiment.mask_ratio, experiment.seed)
     return None
 
 
@@ -67,15 +67,15 @@ def exchanged(experiment: Experiment, round: int) -> float:
 
 def next_mask(job: Task, round: int, weights: Tensor, mask: Tensor | None, gradient: Tensor | None) -> Tensor:
     """Return the mask after this round for the averaged `weights` [P]; `gradient` [P] only where the mask grows."""
-    experiment, shapes = job.experiment, job.model.layout.shapes
+    experiment, candidates = job.experiment, job.model.prunable
     if mask is not None and gradient is not None:
-        return regrow(mask, weights, gradient, shapes, exchanged(experiment, round))
+        return regrow(mask, weights, gradient, candidates, exchanged(experiment, round))
     first = 0 if experiment.mask_schedule == "gradual" else round - 1
     last = _last(experiment) if experiment.mask_schedule == "gradual" else round
     begun = first_mask(job)
-    before = 0.0 if begun is None else masked_share(begun, shapes)
+    before = 0.0 if begun is None else masked_share(begun, candidates)
     ratio = mask_ratio(round, first, last, experiment.mask_ratio, before)
-    return shrink(torch.ones_like(weights, dtype=torch.bool) if mask is None else mask, weights.abs(), shapes, ratio)
+    return shrink(torch.ones_like(candidates) if mask is None else mask, weights.abs(), candidates, ratio)
 
 
 def dense_gradient(job: Task, weights: Tensor, state: Tensor, client: int, mask: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlab_kit.compression.prune import prunable_mask
 from fedlab_kit.federation.devices import view
 from fedlab_kit.federation.flat import variances
 from fedlab_kit.federation.masking import exchanged, first_mask, grows
@@ -228,7 +227,7 @@ def _length(job: Task, mask: Tensor | None) -> int:
 
 def _growth(job: Task, round: int, mask: Tensor) -> tuple[Tensor, Codec]:
     """Return which pruned entries [P] compete to grow, and the codec that sends as many gradients as will grow."""
-    candidates = prunable_mask(job.model.layout.shapes)
+    candidates = job.model.prunable.cpu()
     where = candidates & ~mask.cpu()
     wanted = exchanged(job.experiment, round) * int((candidates & mask.cpu()).sum())
     return where, make("topk", keep=min(1.0, max(1.0, wanted) / max(1, int(where.sum()))))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlab_kit import catalog
-from fedlab_kit.compression.prune import plan_channels, prune_channels, prune_weights
+from fedlab_kit.compression.prune import prune
 from fedlab_kit.compression.quantize import quantized
 from fedlab_kit.data import Dataset, Split, at_hand, load
 from fedlab_kit.experiment import Experiment
@@ -242,8 +242,5 @@ def _module(experiment: Experiment, parents: Parents, dataset: Dataset) -> nn.Mo
             f"got {list(theirs.shape)} in {len(theirs.classes)} of dataset {theirs.name!r}"
         )
     module = deepcopy(parents.start.module).cpu()
-    if recipe is None or recipe.prune_ratio == 0:
-        return module
-    if recipe.prune == "channel":
-        return prune_channels(module, dataset.shape, plan_channels(module, dataset.shape, recipe.prune_ratio))
-    return prune_weights(module, recipe.prune_ratio)
+    sample = dataset.preprocess(dataset.train.x[:2])
+    return module if recipe is None else prune(module, sample, recipe, experiment.model)[0]
