@@ -11,12 +11,19 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+SILENT = "ORT_DISABLE_TELEMETRY"  # read once, when onnxruntime is imported; the package imports it after this file
+if "onnxruntime" in sys.modules and os.environ.get(SILENT, "").lower() not in ("1", "true", "yes", "on"):
+    warnings.warn(f"onnxruntime was imported first and reports to its maker: set {SILENT}=1 and restart", stacklevel=2)
+os.environ[SILENT] = "1"
 
 FAR = 20.0  # standard deviations from the training mean: a wrong unit, not a patient
 
