@@ -1,9 +1,9 @@
 """A room's exports in one table: every file is measured again on this machine, and no number on a card is believed.
 
 A file is opened in a process of its own, see `stranger`; one that hangs, crashes or takes all memory costs its team the
-rank. Its rows come in an order drawn afresh, among copies in which every value has moved a little: who knows the place
-of a row, or its very values, has no rank. Who has trained on the test rows, or stores them all and answers by the
-nearest, is not found out: for that the room needs a data set whose test split nobody has.
+rank. The test rows come in an order drawn afresh, among copies in which every value has moved a little and rows of the
+other splits: who knows the place of a row or its very values, or looks the test rows up, has no rank. Who has trained
+on them, or knows a few by heart, is not found out: for that the room needs a data set whose test split nobody has.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ LARGEST = 64 << 20  # bytes of a file that is opened
 PATIENCE = 3600.0  # seconds for all that a card's settings train
 MOVE = 0.04  # standard deviations by which a value moves at most
 LOST = 0.01  # share of right answers that may go when values move
+SURE = 4.0  # standard errors by which test rows may be answered better than others
 CLAIMED = "claimed: its settings make another file here, which is what is ranked, behind what was verified"
 
 
@@ -102,20 +103,10 @@ def _handed_in(team: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def _figures(content: bytes, room: Experiment) -> dict[str, Any]:
-    """Measure a file: its sizes, and its answers on the room's test split. ValueError where it knows the very rows."""
+    """Measure a file: its sizes, and its answers on the room's test split."""
     import zstandard
 
-    dataset = task(room).dataset
-    test, draw = dataset.filled("test"), np.random.default_rng()  # of the system's entropy, which nobody knows
-    y, raw = test.y.numpy(), test.x.numpy()
-    order = draw.permutation(2 * len(y))
-    guessed = np.empty(2 * len(y), np.int64)
-    both = np.concatenate([raw, moved(raw, dataset, draw)])
-    guessed[order], seconds = stranger.answers(content, both[order], len(dataset.classes))
-    right, still = guessed[: len(y)] == y, guessed[len(y) :] == y
-    if paired_loss(right, still)[1] > LOST:
-        told = f"{percent(right.mean())} right, {percent(still.mean())} when every value moves a little"
-        raise ValueError(f"it knows the test rows by heart: {told}")
+    right, seconds = _right(content, task(room).dataset)
     low, high = wilson(int(right.sum()), len(right))
     return {
         "accuracy": float(right.mean()),
@@ -126,6 +117,27 @@ def _figures(content: bytes, room: Experiment) -> dict[str, Any]:
         "latency_ms": seconds * 1e3,
         "worst_client": worst_client(room, right),
     }
+
+
+def _right(content: bytes, dataset: Dataset) -> tuple[np.ndarray, float]:
+    """Return which test rows a file gets right, bool [n], and the seconds of one. ValueError if it looks them up."""
+    draw = np.random.default_rng()  # of the system's entropy, which nobody knows
+    test, *others = (dataset.filled(split) for split in ("test", "train", "validation"))
+    (y, *labels), (x, *rows) = ([split.y.numpy() for split in (test, *others)], [s.x.numpy() for s in (test, *others)])
+    some = draw.permutation(sum(map(len, labels)))[: len(y)]
+    asked = np.concatenate([x, moved(x, dataset, draw), np.concatenate(rows)[some]])
+    wanted = np.concatenate([y, y, np.concatenate(labels)[some]])
+    order, found = draw.permutation(len(asked)), np.empty(len(asked), np.int64)
+    found[order], seconds = stranger.answers(content, asked[order], len(dataset.classes))
+    right, still, elsewhere = np.split(found == wanted, [len(y), 2 * len(y)])
+    mean = (right.sum() + elsewhere.sum()) / (len(right) + len(elsewhere))
+    spread = (mean * (1 - mean) * (1 / len(right) + 1 / len(elsewhere))) ** 0.5
+    told = f"it knows the test rows by heart: {percent(right.mean())} right,"
+    if paired_loss(right, still)[1] > LOST:
+        raise ValueError(f"{told} {percent(still.mean())} when every value moves a little")
+    if right.mean() - elsewhere.mean() > SURE * spread:
+        raise ValueError(f"{told} {percent(elsewhere.mean())} on other rows")
+    return right, seconds
 
 
 def moved(raw: np.ndarray, dataset: Dataset, draw: np.random.Generator) -> np.ndarray:
