@@ -168,7 +168,7 @@ def odd_rows(rows: np.ndarray, card: Mapping[str, Any]) -> dict[int, str]:
         odd = ~(np.abs((rows - mean) / std) <= FAR)
     names = card["input"].get("features") or [str(number) for number in range(int(np.prod(rows.shape[1:])))]
     found = {}
-    for row in np.flatnonzero(odd.reshape(len(rows), -1).any(axis=1)):
+    for row in np.flatnonzero(odd.any(axis=tuple(range(1, odd.ndim)))):
         column = int(odd[row].ravel().argmax())
         value = float(rows[row].ravel()[column])
         why = f"is {value:g}, more than {FAR:g} standard deviations from the training mean"
