@@ -80,6 +80,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]:
         CLIENTS.replace(devices="unequal", deadline=1e-6, dropout=0.9),
         CLIENTS.replace(local_epochs=3, teacher=CLIENTS.replace(rounds=4), start=CLIENTS.replace(rounds=4)),
         CLIENTS.replace(start=CLIENTS.replace(rounds=1, start=CLIENTS.replace(rounds=2, local_epochs=2))),
+        SMALL.replace(start=SMALL),  # the same releases twice are twice as many
+        CLIENTS.replace(start=CLIENTS),
+        CLIENTS.replace(lr=0.2, start=CLIENTS, teacher=CLIENTS.replace(lr=0.3)),
     ],
 )
 def test_epsilon_is_what_opacus_counts_while_it_trains(experiment: fk.Experiment, taken: dict) -> None:

@@ -1,5 +1,7 @@
 """Pruning: toy cases by hand, the library's answers, and what must not change."""
 
+from decimal import ROUND_HALF_UP, Decimal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,6 +80,17 @@ def test_channels_go_as_planned_and_the_classes_stay(name: str, ratio: float) ->
     assert abs(plan.removed - ratio) < 0.1 or not plan.rows
 
 
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_halves_of_a_channel_and_of_a_block_stay(ratio: float, multiple: int) -> None:
+    """Rounded as at school, 2.5 to 3 and 4.5 to 5: 24 of 40 channels pruned by half stay and 24 of 56, not 16 and 32."""
+    for width in (2, 5, 6, 7, 9, 10, 14, 18, 30, 40, 48, 56, 72, 80, 88, 104):
+        model = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 2))
+        step = multiple if width >= 32 else 1
+        blocks = (Decimal(width) * Decimal(1 - ratio) / step).quantize(Decimal(1), ROUND_HALF_UP)
+        assert plan_channels(model, (2,), ratio, multiple).rows == (("0", width, max(1, int(blocks)) * step),)
+
+
 def test_the_channels_that_go_are_those_of_smallest_norm() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
@@ -108,6 +121,8 @@ def test_an_empty_plan_removes_nothing() -> None:
 def test_the_cubic_schedule_by_hand() -> None:
     assert [mask_ratio(r, 2, 6, 0.8) for r in (0, 2, 4, 6, 9)] == pytest.approx([0, 0, 0.7, 0.8, 0.8])
     assert mask_ratio(3, 3, 3, 0.5) == 0.5
+    # from 0.4 on, half of the time leaves an eighth of the way
+    assert [mask_ratio(r, 2, 6, 0.8, 0.4) for r in (0, 2, 4, 6, 9)] == pytest.approx([0.4, 0.4, 0.75, 0.8, 0.8])
 
 
 def test_a_magnitude_mask_by_hand() -> None:

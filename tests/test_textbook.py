@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fedlab_kit as fk
 from fedlab_kit.data import load
+from fedlab_kit.federation.stacked import Stack
 from fedlab_kit.federation.task import chance  # the only thing that is not public: who draws what from which seed
 from fedlab_kit.models import build
 
@@ -383,6 +384,23 @@ def test_slices_are_averaged_over_those_who_hold_them(strategy):
     )
     narrow = [{client % 4 == 3 for client in record.answered} for record in run.records]
     assert {True} in narrow and {True, False} in narrow and {False} in narrow
+
+
+PER_CLIENT = {  # what each client of a stack has of its own while it trains
+    "controls": {"strategy": "scaffold"},
+    "starts": {"strategy": "fedprox", "proximal_mu": 0.7, "downlink": "topk", "downlink_keep": 0.3},
+    "slices": {"model": "mlp", "devices": "sliced"},
+    "grids": {"qat": "int8", "mask_ratio": 0.5},
+    "lessons": {"teacher": BASE.replace(model="mlp", seed=1), "strategy": "fedprox"},
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("own", PER_CLIENT)
+def test_a_cohort_that_is_larger_than_a_stack_is_trained_in_several(own, size, monkeypatch):
+    monkeypatch.setattr(Stack, "stack_size", property(lambda stack: size, lambda stack, usual: None), raising=False)
+    run = agree(BASE.replace(clients_per_round=5, **PER_CLIENT[own]))
+    assert run.task.model.stack is not None and run.task.model.stack.stack_size == size
 
 
 def test_epsilon_counts_every_step_of_the_client_that_fared_worst():
