@@ -278,7 +278,11 @@ IMPORTS = {  # where a helper file may be imported, for a call of its f
 def test_an_import_is_followed_wherever_it_stands(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     prints = []
-    for text in ("A = 1\ndef f(x): return x * A", "A = 2\ndef f(x): return x * A", "B = 3\nA = 1\ndef f(x): return x * A"):
+    for text in (
+        "A = 1\ndef f(x): return x * A",
+        "A = 2\ndef f(x): return x * A",
+        "B = 3\nA = 1\ndef f(x): return x * A",
+    ):
         (tmp_path / "own_helpers.py").write_text(f"{text}\n# {'-' * len(prints)}")
         monkeypatch.delitem(sys.modules, "own_helpers", raising=False)
         importlib.invalidate_caches()
@@ -409,11 +413,13 @@ def test_the_packages_own_code_counts_and_its_comments_and_docstrings_do_not() -
     assert digest != catalog.code_digest({"b.py": source}) and len(catalog.code()) == 64
 
 
-@pytest.mark.parametrize("place", ["A = {}", "def f(x={}):\n    return x", "def f(x):\n    return x[{}]", "f(a, *[{}])"])
+@pytest.mark.parametrize(
+    "place", ["A = {}", "def f(x={}):\n    return x", "def f(x):\n    return x[{}]", "f(a, *[{}])"]
+)
 def test_literals_of_the_packages_own_code_are_told_apart(place: str) -> None:
-    literals = "0 1 2 -1 None False True 0.0 -0.0 1.0 0j '' 'a' b'' b'a' () [] {} ... '0' 'None' f'' (0,) [0] {0}".split()
-    digests = [catalog.code_digest({"a.py": place.replace("{}", one, 1).encode()}) for one in literals]
-    assert len(set(digests)) == len(literals)
+    literals = "0 1 2 -1 None False True 0.0 -0.0 1.0 0j '' 'a' b'' b'a' () [] {} ... '0' 'None' f'' (0,) [0] {0}"
+    digests = [catalog.code_digest({"a.py": place.replace("{}", one, 1).encode()}) for one in literals.split()]
+    assert len(set(digests)) == len(literals.split())
 
 
 def test_the_digest_covers_the_modules_that_decide_weights() -> None:

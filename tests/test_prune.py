@@ -83,7 +83,7 @@ def test_channels_go_as_planned_and_the_classes_stay(name: str, ratio: float) ->
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
 def test_halves_of_a_channel_and_of_a_block_stay(ratio: float, multiple: int) -> None:
-    """Rounded as at school, 2.5 to 3 and 4.5 to 5: 24 of 40 channels pruned by half stay and 24 of 56, not 16 and 32."""
+    """Rounded as at school, 2.5 blocks to 3 and 4.5 to 5: of 40 channels pruned by half stay 24, of 72 stay 40."""
     for width in (2, 5, 6, 7, 9, 10, 14, 18, 30, 40, 48, 56, 72, 80, 88, 104):
         model = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 2))
         step = multiple if width >= 32 else 1
