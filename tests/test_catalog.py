@@ -265,7 +265,9 @@ IMPORTS = {  # where a helper file may be imported, for a call of its f
     "by name, nested twice": (
         "def f(x):\n def g(x):\n  def h(x):\n   from own_helpers import f\n   return f(x)\n  return h(x)\n return g(x)"
     ),
-    "in a method": "class A:\n def g(self, x):\n  import own_helpers\n  return own_helpers.f(x)\ndef f(x): return A().g(x)",
+    "in a method": (
+        "class A:\n def g(self, x):\n  import own_helpers\n  return own_helpers.f(x)\ndef f(x): return A().g(x)"
+    ),
     "in a nested class": (
         "def f(x):\n class A:\n  def g(self, x):\n   import own_helpers as own\n   return own.f(x)\n return A().g(x)"
     ),
