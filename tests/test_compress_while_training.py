@@ -430,7 +430,14 @@ def test_a_client_that_starts_from_another_run_is_sent_it_whole_once():
 
 
 @pytest.mark.parametrize(
-    "extra", [{"mask_ratio": 0.7}, {"strategy": "scaffold"}, {"mask_ratio": 0.7, "mask_schedule": "dynamic"}]
+    "extra",
+    [
+        {"mask_ratio": 0.7},
+        {"mask_ratio": 0.7, "strategy": "fedavgm"},
+        {"strategy": "scaffold"},
+        {"mask_ratio": 0.7, "mask_schedule": "dynamic"},
+        {"teacher": SMALL.replace(seed=3, rounds=1), "clients": 12},  # some are told of it later
+    ],
 )
 def test_a_compressed_run_that_was_stopped_goes_on_to_the_same_weights(extra, monkeypatch, tmp_path):
     import threading

@@ -104,6 +104,12 @@ def test_epsilon_is_what_opacus_counts_while_it_trains(experiment: fk.Experiment
         assert not any(record.answered for record in run.records) and run.epsilon(DELTA) > 0
 
 
+@pytest.mark.parametrize("entry", [(1.3, 0.2, 3), (0.9, 1.0, 1), (1.0, 0.05, 40)])
+def test_the_same_release_again_costs_as_much_again(entry: tuple[float, float, int]) -> None:
+    for times in (1, 2, 3):
+        assert privacy.spent([entry] * times, DELTA) == pytest.approx(by_hand(*[entry] * times), rel=1e-6)
+
+
 def test_the_round_under_way_counts_and_the_one_that_diverged() -> None:
     full = done(CLIENTS)
     bad = dataclasses.replace(full.records[0], loss=None)
