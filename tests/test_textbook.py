@@ -65,7 +65,10 @@ class Textbook:
         self.velocity = self.first = self.second = self.control = torch.zeros_like(self.w)
         self.teacher = fk.train(self.e.teacher).model if self.e.teacher else None
         if self.e.start_recipe:
-            self.prune(self.e.start_recipe.prune_ratio)
+            self.prune(self.e.start_recipe.prune_ratio, self.w.abs())
+        if self.e.mask_ratio and self.e.mask_schedule in ("dynamic", "fixed"):
+            draws = torch.rand(len(self.w), generator=torch.Generator().manual_seed(self.e.seed))
+            self.prune(self.e.mask_ratio, draws)
 
     def _architecture(self):
         return self.e.model, self.data.shape, len(self.data.classes), self.e.seed
@@ -97,7 +100,16 @@ class Textbook:
             self.kept["control", client], self.kept["change", client] = new, new - own
         if e.privacy == "client":
             update = clip(update, e.clip_norm)
+        if self.exchanged(round):
+            self.kept["growth", client] = self.growth(round, client, w)
         return self.send(round, client, update)
+
+    def growth(self, round, client, w):
+        """The gradient where the mask has cut, of the whole shard: as many of its largest entries as will grow."""
+        gone = torch.nonzero(self.matrices & ~self.mask)[:, 0]
+        slope = self.gradient(w, torch.from_numpy(self.shards[client]))[gone]
+        largest = slope.abs().argsort(descending=True)[: self.exchanged(round)]
+        return torch.zeros_like(w).index_put((gone[largest],), slope[largest].half().float())
 
     def sgd(self, round, client):
         """One function from weights to gradient for each batch: every epoch a new order, the last batch shorter."""
@@ -222,6 +234,8 @@ class Textbook:
         if e.strategy == "feddf":
             self.fuse(round, clients)
         self.prune_on_schedule(round)
+        if many := self.exchanged(round):
+            self.exchange(many, sum(n[client] * self.kept["growth", client] for client in n))
 
     def step(self, delta):
         e = self.e
@@ -252,16 +266,39 @@ class Textbook:
     def prune_on_schedule(self, round):
         e, last = self.e, -(-6 * self.e.rounds // 10)
         if e.mask_ratio and e.mask_schedule == "one-shot" and round == -(-e.rounds // 2):
-            self.prune(e.mask_ratio)
+            self.prune(e.mask_ratio, self.w.abs())
         if e.mask_ratio and e.mask_schedule == "gradual" and round <= last:
-            self.prune(e.mask_ratio * (1 - (1 - round / last) ** 3))  # Zhu and Gupta 2017
+            self.prune(e.mask_ratio * (1 - (1 - round / last) ** 3), self.w.abs())  # Zhu and Gupta 2017
 
-    def prune(self, ratio):
-        """The smallest magnitudes of all matrices together go, and with them what the server remembers there."""
+    def exchanged(self, round):
+        """How many weights a dynamic mask exchanges: a fifth of the kept at first, less by a cosine (FedDST)."""
+        last = -(-3 * self.e.rounds // 4)
+        if not self.e.mask_ratio or self.e.mask_schedule != "dynamic" or round > last:
+            return 0
+        kept = int((self.matrices & self.mask).sum())
+        return int(np.rint(0.1 * (1 + np.cos(np.pi * round / (last + 1))) * kept))
+
+    def exchange(self, many, slope):
+        """The smallest kept magnitudes go, and where the clients' mean gradient is steepest as many come.
+
+        What came in the last round may still be zero: of equals the first go, as the package says.
+        """
+        kept, gone = (torch.nonzero(self.matrices & where)[:, 0] for where in (self.mask, ~self.mask))
+        go = self.w[kept].abs().argsort(stable=True)[:many]
+        come = slope[gone].abs().argsort(stable=True, descending=True)[:many]
+        self.mask = self.mask.index_fill(0, kept[go], False).index_fill(0, gone[come], True)
+        self.cut()
+
+    def prune(self, ratio, scores):
+        """The lowest scores of all matrices together go."""
         candidates = torch.nonzero(self.matrices)[:, 0]
-        smallest = self.w[candidates].abs().argsort()[: round(ratio * len(candidates))]
+        lowest = scores[candidates].argsort()[: round(ratio * len(candidates))]
         self.mask = torch.ones_like(self.mask)
-        self.mask[candidates[smallest]] = False
+        self.mask[candidates[lowest]] = False
+        self.cut()
+
+    def cut(self):
+        """What the mask takes, the server no longer has nor remembers."""
         for name in ("w", "velocity", "first", "second", "control"):
             setattr(self, name, getattr(self, name) * self.mask)
 
@@ -342,6 +379,12 @@ TECHNIQUES = {
     "momentum under a mask": {"mask_ratio": 0.6, "strategy": "fedavgm"},
     "moments under a mask": {"mask_ratio": 0.6, "strategy": "fedadam"},
     "controls under a mask": {"mask_ratio": 0.6, "strategy": "scaffold", "mask_schedule": "one-shot"},
+    "a fixed mask": {"mask_ratio": 0.6, "mask_schedule": "fixed"},
+    "a dynamic mask": {"mask_ratio": 0.6, "mask_schedule": "dynamic"},
+    "momentum under a dynamic mask": {"mask_ratio": 0.6, "mask_schedule": "dynamic", "strategy": "fedavgm"},
+    "residuals under a dynamic mask": {
+        "mask_ratio": 0.6, "mask_schedule": "dynamic", "uplink": "topk", "uplink_keep": 0.2,
+    },
     "an ensemble under a mask": {"mask_ratio": 0.6, "strategy": "feddf"},
     "residuals under a mask": {"mask_ratio": 0.6, "uplink": "topk", "uplink_keep": 0.2},
     "int8 on its grid": {"qat": "int8"},
@@ -370,7 +413,7 @@ def test_every_technique(technique, model):
     agree(BASE.replace(model=model, **changes))
 
 
-@pytest.mark.parametrize("technique", ["topk", "int8", "a gradual mask", "a teacher at 2"])
+@pytest.mark.parametrize("technique", ["topk", "int8", "a gradual mask", "a dynamic mask", "a teacher at 2"])
 def test_techniques_with_drop_outs(technique):
     agree(BASE.replace(dropout=0.4, rounds=6, **TECHNIQUES[technique]))
 
