@@ -4,6 +4,7 @@ From the package the loop takes the data, the shards, the first weights, each ro
 numbers; what is done with them is written below, one client after the other, on one vector of weights.
 """
 
+import contextlib
 import functools
 import itertools
 from collections import defaultdict
@@ -37,6 +38,12 @@ class Skipping(nn.Module):
 @fk.model
 def skipping(shape, classes):
     return Skipping(shape[0], classes)
+
+
+@fk.model
+def dropping(shape, classes):
+    """Draws from torch's own generator while it trains."""
+    return nn.Sequential(nn.Linear(shape[0], 12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, classes), nn.Dropout(0.1))
 
 
 @fk.model
@@ -85,15 +92,16 @@ class Textbook:
     def client(self, round, client):
         e, view = self.e, self.view(client)
         start = self.receive(round, client) * view
-        c, own = self.control, self.kept["control", client]
+        c, own = self.control, self.kept["control", client] * self.mask  # of what is cut it learns when it is asked
         w, steps = start, 0
-        for gradient in (self.dp_sgd if e.privacy == "record" else self.sgd)(round, client):
-            slope = gradient(w)
-            if e.strategy == "fedprox":
-                slope = slope + e.proximal_mu * (w - start)
-            if e.strategy == "scaffold":
-                slope = slope + c - own
-            w, steps = (w - e.lr * slope) * view, steps + 1
+        with self.training(round, client):
+            for gradient in (self.dp_sgd if e.privacy == "record" else self.sgd)(round, client):
+                slope = gradient(w)
+                if e.strategy == "fedprox":
+                    slope = slope + e.proximal_mu * (w - start)
+                if e.strategy == "scaffold":
+                    slope = slope + c - own
+                w, steps = (w - e.lr * slope) * view, steps + 1
         update = w - start
         if e.strategy == "scaffold":  # option II
             new = own - c + (start - w) / (steps * e.lr)
@@ -103,6 +111,15 @@ class Textbook:
         if self.exchanged(round):
             self.kept["growth", client] = self.growth(round, client, w)
         return self.send(round, client, update)
+
+    @contextlib.contextmanager
+    def training(self, round, client):
+        """The model's own chance is of this client and this round; elsewhere it leaves nothing to chance."""
+        with torch.random.fork_rng():
+            torch.manual_seed(int(chance(self.e, "module", round, client).integers(2**63)))
+            self.model.train()
+            yield
+        self.model.eval()
 
     def growth(self, round, client, w):
         """The gradient where the mask has cut, of the whole shard: as many of its largest entries as will grow."""
@@ -165,7 +182,8 @@ class Textbook:
         if self.e.downlink == "fp32":
             return self.w
         copy = self.kept.get(("copy", client), self.initial)
-        copy = (copy + self.squeezed(self.e.downlink, self.w - copy, self.e.downlink_keep)) * self.mask
+        rng = chance(self.e, "broadcast", round, client)
+        copy = (copy + self.squeezed(self.e.downlink, self.w - copy, self.e.downlink_keep, rng)) * self.mask
         self.kept["copy", client] = copy
         return copy
 
@@ -314,6 +332,8 @@ def clip(vector, norm):
 def qsgd(x, draws, levels):
     """Alistarh et al. 2017: to one of the two nearest multiples of the step, right on average."""
     scale = x.abs().max()
+    if not scale:
+        return x
     as_sent = scale.bfloat16()
     if as_sent.float() < scale:  # the scale travels in bfloat16, rounded upwards
         as_sent = torch.nextafter(as_sent, torch.tensor(torch.inf, dtype=torch.bfloat16))
@@ -358,6 +378,13 @@ def test_every_strategy(strategy, model, dropout):
     assert any(lost) == (dropout > 0) and all(len(record.cohort) == 3 for record in run.records)
 
 
+@pytest.mark.parametrize("more", [{}, {"mask_ratio": 0.6, "mask_schedule": "dynamic"}, {"privacy": "record"}])
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "feddf"])
+def test_what_a_model_leaves_to_chance_is_drawn_anew_for_each_client_and_round(strategy, more):
+    if strategy != "feddf" or "privacy" not in more:
+        agree(BASE.replace(model="dropping", strategy=strategy, **more))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_with_its_defaults(strategy):
     agree(BASE.replace(strategy=strategy))
@@ -373,6 +400,8 @@ TECHNIQUES = {
     "topk without feedback": {"uplink": "topk", "uplink_keep": 0.15, "error_feedback": False},
     "int8": {"uplink": "int8", "bucket": 16},
     "topk downwards": {"downlink": "topk", "downlink_keep": 0.3},
+    "int8 downwards": {"downlink": "int8", "bucket": 16},
+    "int8 both ways": {"uplink": "int8", "downlink": "int8", "bucket": 16},
     "topk both ways": {"uplink": "topk", "uplink_keep": 0.2, "downlink": "topk", "downlink_keep": 0.3},
     "a gradual mask": {"mask_ratio": 0.6},
     "a mask at half time": {"mask_ratio": 0.6, "mask_schedule": "one-shot"},
@@ -385,6 +414,7 @@ TECHNIQUES = {
     "residuals under a dynamic mask": {
         "mask_ratio": 0.6, "mask_schedule": "dynamic", "uplink": "topk", "uplink_keep": 0.2,
     },
+    "controls under a dynamic mask": {"mask_ratio": 0.6, "mask_schedule": "dynamic", "strategy": "scaffold"},
     "an ensemble under a mask": {"mask_ratio": 0.6, "strategy": "feddf"},
     "residuals under a mask": {"mask_ratio": 0.6, "uplink": "topk", "uplink_keep": 0.2},
     "int8 on its grid": {"qat": "int8"},
@@ -401,6 +431,8 @@ TECHNIQUES = {
     },
     "clipped records": {"privacy": "record", "clip_norm": 0.3, "noise_multiplier": 0.0},
     "clipped, noisy records": {"privacy": "record", "clip_norm": 0.3, "noise_multiplier": 0.5},
+    "clipped records of few": {"privacy": "record", "clip_norm": 0.3, "noise_multiplier": 0.5, "batch_size": 25},
+    "controls of records": {"privacy": "record", "clip_norm": 0.3, "noise_multiplier": 0.5, "strategy": "scaffold"},
 }  # fmt: skip
 
 
