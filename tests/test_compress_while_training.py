@@ -91,6 +91,16 @@ def test_gradual_pruning_goes_on_from_what_a_start_has_lost(begun):
     assert gone == [round((0.9 - (0.9 - before) * (1 - min(n, 6) / 6) ** 3) * total) for n in range(1, 11)]
 
 
+def test_a_dynamic_mask_after_a_pruned_start_lacks_the_smallest_weights():
+    begun = {"start": SMALL.replace(rounds=2), "start_recipe": fk.Recipe(prune_ratio=0.5)}
+    job = made(SMALL.replace(mask_ratio=0.8, mask_schedule="dynamic", **begun))
+    where = prunable(job.experiment)
+    size = job.initial.abs()[where]
+    largest = size.topk(len(size) - round(0.8 * len(size))).indices
+    assert torch.equal(torch.nonzero(first_mask(job)[where])[:, 0], largest.sort().values)
+    assert first_mask(job)[~where].all()
+
+
 @pytest.mark.parametrize(
     "drawn",
     [

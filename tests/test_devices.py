@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import exp
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from fedlab_kit.federation.local import cohort_step
 from fedlab_kit.federation.messages import open_payload
 from fedlab_kit.federation.server import broadcast, server_step, start
 from fedlab_kit.federation.strategies import mean_of_views
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.task import chance, task
 from fedlab_kit.wire.ledger import LINKS
 
 SITES = Experiment(
@@ -184,6 +186,22 @@ def test_seconds_by_hand(client: int, down: int, up: int) -> None:
         by_hand(client, down, up)
     )
     assert seconds(task(SITES), 1, client, down, up) == 0
+
+
+def test_work_grows_with_epochs_and_other_work_comes_anew_for_each_client_and_round() -> None:
+    """The table's own devices: three epochs take thrice as long, and the rest is log-normal with their load."""
+    one, three = (task(SITES.replace(devices="unequal", local_epochs=n)) for n in (1, 3))
+    latency, work = (0.005, 0.005, 0.025), 3 * 40 * 2 * (6 * 128 + 128 * 64 + 64 * 3)
+    flops, load, drawn = (20e9, 5e9, 1e9), (0.1, 0.3, 0.5), []
+    for number in (1, 2, 3):
+        for client in range(3):
+            idle = 2 * latency[client]
+            busy = (seconds(one, number, client, 0, 0) - idle) * flops[client] / work
+            assert seconds(three, number, client, 0, 0) - idle == pytest.approx(3 * busy * work / flops[client])
+            normal = chance(SITES, "load", number, client).standard_normal()
+            assert busy == pytest.approx(exp(load[client] * normal), rel=1e-6)
+            drawn.append(normal)
+    assert len(set(drawn)) == 9
 
 
 @pytest.mark.usefixtures("small")

@@ -131,6 +131,7 @@ def test_validation_is_dealt_out_as_training_is(scheme: str, seed: int) -> None:
     shards = partition(data, scheme, 8, 0.3, seed)
     owner = held_out(held, shards, scheme, seed)
     assert owner.shape == (130,) and torch.equal(owner, held_out(held, shards, scheme, seed))
+    assert not torch.equal(owner, held_out(held, shards, scheme, seed + 1))  # which of them is left to chance
     for label in range(5):
         trained = np.array([int((data.train.y[shard] == label).sum()) for shard in shards])
         given = np.bincount(owner[held.validation.y == label], minlength=8)
