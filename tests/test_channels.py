@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
 import torch
@@ -439,6 +440,17 @@ def test_channels_go_as_planned_and_the_classes_stay(name: str, ratio: float) ->
     assert pruned(torch.rand(3, *SHAPE)).shape == (3, 10)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert abs(plan.removed - ratio) < 0.1 or not plan.rows
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_halves_of_a_channel_and_of_a_block_stay(ratio: float, multiple: int) -> None:
+    """Rounded as at school, 2.5 blocks to 3 and 4.5 to 5: of 40 channels pruned by half stay 24, of 72 stay 40."""
+    for width in (2, 5, 6, 7, 9, 10, 14, 18, 30, 40, 48, 56, 72, 80, 88, 104):
+        model = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 2))
+        step = multiple if width >= 32 else 1
+        blocks = (Decimal(width) * Decimal(1 - ratio) / step).quantize(Decimal(1), ROUND_HALF_UP)
+        assert plan_channels(model, (2,), ratio, multiple).rows == (("0", width, max(1, int(blocks)) * step),)
 
 
 def test_the_channels_that_go_are_those_of_smallest_norm() -> None:

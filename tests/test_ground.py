@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fedlab_kit as fk
 from fedlab_kit.federation import rounds as loop
-from fedlab_kit.federation.messages import seen
+from fedlab_kit.federation.messages import open_payload, seen
 from fedlab_kit.federation.server import start
-from fedlab_kit.federation.task import task
+from fedlab_kit.federation.task import chance, task
 from fedlab_kit.models import build
 from fedlab_kit.runs import parents_of
 from fedlab_kit.wire.frame import HEADER
@@ -128,6 +129,42 @@ def test_state_is_the_weighted_mean_of_what_the_clients_had():
     mean = sum(counts[c] * seen_states[c] for c in range(3)) / counts.sum()
     torch.testing.assert_close(state.state[:-1], mean[:-1], rtol=1e-6, atol=1e-6)
     assert state.state[-1] == mean[-1].round()
+
+
+def module_of(job, name, weights, state):
+    """A client's model by torch alone: `weights` [P] and `state` [S] lie in the order of parameters and buffers."""
+    net = build(name, (6,), 3, job.experiment.seed)
+    vector_to_parameters(weights.clone(), net.parameters())
+    for buffer, part in zip(net.buffers(), state.split([b.numel() for b in net.buffers()]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+    return net.eval()
+
+
+@pytest.mark.parametrize("model", ["normed", "cumulative"])
+def test_the_members_of_an_ensemble_answer_with_statistics_of_their_own(model):
+    """FedDF by hand: what the average learns is said by each client's weights together with that client's buffers."""
+    experiment = SMALL.replace(model=model, strategy="feddf", rounds=1, temperature=2.0, server_epochs=2, lr=0.3)
+    job, answers = task(experiment), {}
+
+    def watch(job, round, broadcasts, kept, stop):
+        got = loop.in_process(job, round, broadcasts, kept, stop)
+        answers.update({c: open_payload(job, round, payload, None) for c, payload in got.payloads.items()})
+        return got
+
+    state, _ = played(experiment, watch)[0]
+    x, n = job.dataset.preprocess(job.dataset.public.x), sum(a.samples for a in answers.values())
+    with torch.no_grad():
+        members = [module_of(job, model, job.initial + a.update, a.state)(x) for a in answers.values()]
+        wanted = torch.stack(members).mean(0)
+    average = module_of(job, model, job.initial + sum(a.samples / n * a.update for a in answers.values()), state.state)
+    optimizer = torch.optim.SGD(average.parameters(), lr=experiment.lr)
+    for epoch in range(2):
+        for index in torch.from_numpy(chance(experiment, "public", 1, epoch).permutation(len(x))).split(20):
+            optimizer.zero_grad()
+            told, given = ((logits[index] / 2).log_softmax(1) for logits in (wanted, average(x)))
+            (4 * nn.functional.kl_div(given, told, reduction="batchmean", log_target=True)).backward()
+            optimizer.step()
+    torch.testing.assert_close(state.weights, parameters_to_vector(average.parameters()).detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", [h for h in HOW if h.get("strategy") != "median"])

@@ -1,5 +1,6 @@
 """Pruning: toy cases by hand, the library's answers, and what must not change."""
 
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -118,6 +119,8 @@ def test_a_ratio_that_empties_a_layer_is_refused_by_name() -> None:
 def test_the_cubic_schedule_by_hand() -> None:
     assert [mask_ratio(r, 2, 6, 0.8) for r in (0, 2, 4, 6, 9)] == pytest.approx([0, 0, 0.7, 0.8, 0.8])
     assert mask_ratio(3, 3, 3, 0.5) == 0.5
+    # from 0.4 on, half of the time leaves an eighth of the way
+    assert [mask_ratio(r, 2, 6, 0.8, 0.4) for r in (0, 2, 4, 6, 9)] == pytest.approx([0.4, 0.4, 0.75, 0.8, 0.8])
 
 
 def test_a_magnitude_mask_by_hand() -> None:

@@ -161,6 +161,16 @@ def test_a_parent_that_changed_makes_another_run():
     assert runs.identify(SMALL.replace(teacher=SMALL.replace(model="mine"))) not in keys
 
 
+def test_a_start_and_a_teacher_are_told_apart():
+    """Whatever is a parent, and as what: each way is a key of its own, and a run of its own."""
+    a, b = SMALL.replace(seed=1), SMALL.replace(seed=2)
+    ways = [{"start": s, "teacher": t} for s in (None, a, b) for t in (None, a, b)]
+    nested = [{"start": a.replace(teacher=b)}, {"start": a.replace(start=b)}, {"teacher": a.replace(start=b)}]
+    assert len({runs.identify(SMALL.replace(**way)) for way in ways + nested}) == len(ways) + len(nested)
+    begun, taught = (fk.train(SMALL.replace(rounds=1, **{role: a})) for role in ("start", "teacher"))
+    assert not taught.from_store and not torch.equal(begun.weights, taught.weights)
+
+
 def test_changed_data_is_another_run():
     def made(offset):
         from worlds import blobs
