@@ -132,7 +132,7 @@ def test_a_point_that_cannot_be_had_says_why_and_the_others_are_measured():
     table = sweep(SMALL.replace(lr=0.05, rounds=60, local_epochs=20), {"lr": [0.05, 10.0]})
     good, bad = table.to_dict("records")
     assert good["note"] == "" and good["front"]
-    assert bad["note"].startswith("diverged")
+    assert bad["note"].startswith("mlp as fp32: diverged")
     assert np.isnan(bad["accuracy"]) and np.isnan(bad["bytes"]) and not bad["front"] and bad["path"] is None
 
 
