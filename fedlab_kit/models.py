@@ -73,14 +73,16 @@ def check_output(name: str, module: nn.Module, sample: Tensor, classes: int) -> 
         with torch.no_grad():
             found = module(sample)
     except Exception as error:
-        raise ValueError(f"model {name} does not take samples of shape {shape[1:]}: {complaint(error)}") from error
+        raise ValueError(
+            f"model {name} does not take samples of shape {shape[1:]}, build it for them: {complaint(error)}"
+        ) from error
     if not isinstance(found, Tensor):
         parts = f" of {', '.join(map(repr, found))}" if isinstance(found, dict) else ""
         kind = f"{type(found).__name__}{parts}"
         raise ValueError(f"model {name} must return one tensor of logits, got a {kind}: let forward return them alone")
     if list(found.shape) != wanted or found.dtype != torch.float32:
         kind = "" if found.dtype == torch.float32 else f" of {found.dtype}"
-        raise ValueError(f"model {name} must map {shape} to {wanted}, got {list(found.shape)}{kind}")
+        raise ValueError(f"model {name} must map {shape} to {wanted}, got {list(found.shape)}{kind}: one logit a class")
 
 
 @model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
@@ -77,35 +78,39 @@ def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
     return correct / len(split), wilson(correct, len(split))
 
 
-def timings(calls: Sequence[Callable[[], Any]], seconds: float = 0.03, least: int = 5) -> list[Timing]:
+def timings(
+    calls: Sequence[Callable[[], Any]], seconds: float = 0.03, least: int = 5, most: float = inf
+) -> list[Timing]:
     """Time several calls in turns, so that a disturbance of the machine meets them all alike.
 
-    Each runs once untimed, then in turns until `seconds` per call have passed and each ran `least` times. A turn
-    begins untimed: the call before has filled the cache with weights of its own, as it would not in service.
+    Each runs once untimed, then in turns until `seconds` per call have passed and each ran `least` times, or `most`
+    seconds per call have. A turn begins untimed: the call before has filled the cache with weights of its own, as it
+    would not in service.
     """
     for call in calls:
         call()
     taken: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds * len(calls)
-    while len(taken[0]) < least or time.perf_counter() < end:
+    begin, passed = time.perf_counter(), 0.0
+    while not taken[0] or passed < seconds * len(calls) or (len(taken[0]) < least and passed < most * len(calls)):
         for call, samples in zip(calls, taken, strict=True):
             if len(calls) > 1:
                 call()
             start = time.perf_counter()
             call()
             samples.append(time.perf_counter() - start)
+        passed = time.perf_counter() - begin
     return [_summary(samples) for samples in taken]
 
 
 def _summary(samples: list[float]) -> Timing:
-    low, middle, high = quantiles(samples, n=4, method="inclusive")
+    low, middle, high = quantiles(samples * 2 if len(samples) == 1 else samples, n=4, method="inclusive")
     return Timing(middle, high - low)
 
 
 def latencies(sessions: Sequence[Any], x: Tensor | np.ndarray, seconds: float = 0.03) -> list[Timing]:
-    """Time sessions against each other on the same batch of raw samples [n, ...]."""
+    """Time sessions against each other on the same batch of raw samples [n, ...]; large networks have fewer turns."""
     raw = np.asarray(x)
-    return timings([partial(session.run, None, {"x": raw}) for session in sessions], seconds)
+    return timings([partial(session.run, None, {"x": raw}) for session in sessions], seconds, most=10 * seconds)
 
 
 def sparsity(graph: Any) -> float:

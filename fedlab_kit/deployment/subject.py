@@ -18,7 +18,7 @@ from fedlab_kit.catalog import Unknowable, fingerprint
 from fedlab_kit.data import Dataset, Split
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import file_name
-from fedlab_kit.models import check_output
+from fedlab_kit.models import Draws, check_output
 from fedlab_kit.run import Run
 from fedlab_kit.runs import runs_folder
 from fedlab_kit.settings import complaint
@@ -104,9 +104,10 @@ def of_module(model: nn.Module, dataset: Dataset | str | None) -> Subject:
         got = type(known).__name__ if known is not None else None
         raise ValueError(f"dataset must be a registered name or an fk.Dataset for a module of one's own, got {got}")
     name, held = type(model).__name__, known.filled("validation")
-    own = _copied(model, name)
-    for rows in (2, 1):  # one alone, too: that is how it is served
-        check_output(name, own, known.preprocess(torch.cat([held.x[:1]] * rows)), len(known.classes))
+    own, sample = _copied(model, name), known.preprocess(held.x[:1])
+    with Draws(0).inside():  # whatever it draws, the caller's random numbers stay as they are
+        for rows in (2, 1):  # one alone, too: that is how it is served
+            check_output(name, own, torch.cat([sample] * rows), len(known.classes))
     try:
         digest, lasting = fingerprint(own, f"model {name}"), True
     except Unknowable:
