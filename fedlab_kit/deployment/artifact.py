@@ -137,16 +137,17 @@ def recall(
     subject = subject_of(model, dataset=dataset)
     path = _place(subject, recipe, None)
     card_file, compressed = _beside(path)
-    if not subject.lasting or not card_file.exists() or not _same(card := read_json(card_file), subject, recipe):
+    if not subject.lasting or not card_file.exists():
         return None
     try:
+        if not _same(card := read_json(card_file), subject, recipe):
+            return None
         check_card(card)
-        whole = compressed.stat().st_size == card["measured"]["zstd_bytes"]
+        _checked(path, card["digest"])
+        if compressed.stat().st_size != card["measured"]["zstd_bytes"]:
+            raise StoreError(f"{compressed} is cut or altered")
     except (OSError, TypeError, LookupError) as error:
-        raise StoreError(f"{compressed} or its model card is damaged ({error})") from error
-    if not whole:
-        raise StoreError(f"{compressed} is cut or altered")
-    _checked(path, card["digest"])
+        raise StoreError(f"{path} or a file beside it is cut or altered") from error
     found = _artifact(path, card, None, subject.dataset)
     return found if card["machine"] == when_and_where()["machine"] else _timed_here(found, subject.held)
 
