@@ -138,29 +138,27 @@ def _points(
 ) -> list[tuple[Experiment | Subject | Exception, Recipe, dict[str, Any]]]:
     """Return every combination as (what is compressed, recipe, values); the recipe's fields vary fastest.
 
-    Fields that do not go together are an exception in the place of an experiment.
+    Fields that do not go together are an exception in the place of what is compressed.
     """
-    of_module, after = isinstance(start, nn.Module), set(Recipe.model_fields)
-    allowed = after if of_module else after | set(Experiment.model_fields)
+    known, after = isinstance(start, Experiment), set(Recipe.model_fields)
+    if known and dataset is not None:
+        raise ValueError("dataset must be None for an experiment, which names its own: it is for a module of one's own")
+    allowed = after | (set(Experiment.model_fields) if known else set())
     if unknown := [name for name in grid if name not in allowed]:
-        owners = "Recipe alone for a module of one's own" if of_module else "Experiment or Recipe"
+        owners = "Experiment or Recipe" if known else "Recipe alone for a module of one's own"
         raise ValueError(f"grid must name fields of {owners}, got {unknown[0]!r}")
     values_of = {name: _values(name, grid[name]) for name in sorted(grid, key=lambda name: name in after)}
-    base = subject_of(start, dataset=dataset) if of_module else start
-    points = []
+    base = start if isinstance(start, Experiment) else subject_of(start, dataset=dataset)
+    points: list[tuple[Experiment | Subject | Exception, Recipe, dict[str, Any]]] = []
     for combination in product(*values_of.values()):
         values = dict(zip(values_of, combination, strict=True))
-        how = recipe.replace(**{name: v for name, v in values.items() if name in after})
-        training = {name: v for name, v in values.items() if name not in after}
-        points.append((_replaced(base, training) if training else base, how, values))
+        training = {name: value for name, value in values.items() if name not in after}
+        try:
+            how = recipe.replace(**{name: value for name, value in values.items() if name in after})
+            points.append((base.replace(**training) if isinstance(base, Experiment) else base, how, values))
+        except Clash as error:
+            points.append((error, recipe, values))
     return points
-
-
-def _replaced(experiment: Experiment, values: dict[str, Any]) -> Experiment | Clash:
-    try:
-        return experiment.replace(**values)
-    except Clash as error:
-        return error
 
 
 def _values(name: str, given: Any) -> list[Any]:

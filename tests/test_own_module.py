@@ -271,6 +271,8 @@ def test_wrong_arguments_are_named() -> None:
         fk.compress(net, fk.Recipe(), dataset=dataset(6, sizes=(5, 0, 0, 1)))
     with pytest.raises(ValueError, match="split train must have at least one sample"):
         fk.compress(net, fk.Recipe(dtype="int8"), dataset=dataset(6, sizes=(0, 5, 0, 1)))
+    with pytest.raises(ValueError, match="dataset must be None for an experiment"):
+        fk.sweep(run.experiment, {"dtype": ["fp32"]}, dataset="blobs")
     with pytest.raises(ValueError, match="grid must name fields of Recipe alone for a module of one's own, got 'seed'"):
         fk.sweep(net, {"seed": [1, 2]}, dataset=dataset(6))
 

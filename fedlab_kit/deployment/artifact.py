@@ -101,7 +101,7 @@ class Artifact:
 
 
 def compress(
-    model: Run | nn.Module,
+    model: Run | Subject | nn.Module,
     recipe: Recipe,
     folder: Path | str | None = None,
     client: int | None = None,
