@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fedlab_kit.catalog import lookup, model
+from fedlab_kit.settings import complaint
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
@@ -54,8 +55,8 @@ def build(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Modu
             raise ValueError(f"model {name!r} must be a torch.nn.Module, got {type(built).__name__}")
         if wrong := [tensor for tensor, values in built.named_parameters() if not values.isfinite().all()]:
             raise ValueError(f"model {name!r} must begin with finite weights, {wrong[0]} holds NaN or infinity")
-        _check_output(name, built, shape, classes)
-    return built
+        check_output(repr(name), built.eval(), torch.zeros(2, *shape), classes)
+    return built.train()
 
 
 def as_batch(inputs: Tensor | Sequence[int]) -> Tensor:
@@ -113,16 +114,23 @@ FLOPS: dict[Any, Callable[..., int]] = {
 """What torch's own counter knows, and what it passes over on a CPU."""
 
 
-def _check_output(name: str, built: nn.Module, shape: tuple[int, ...], classes: int) -> None:
-    built.eval()
+def check_output(name: str, module: nn.Module, sample: Tensor, classes: int) -> None:
+    """Raise ValueError, in one line, unless a module maps prepared samples [n, ...] to float32 logits [n, classes]."""
+    shape, wanted = list(sample.shape), [len(sample), classes]
     try:
         with torch.no_grad():
-            found = list(built(torch.zeros(2, *shape)).shape)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"model {name!r} does not take samples of shape {list(shape)}: {error}") from error
-    if found != [2, classes]:
-        raise ValueError(f"model {name!r} must map [2, {', '.join(map(str, shape))}] to [2, {classes}], got {found}")
-    built.train()
+            found = module(sample)
+    except Exception as error:
+        raise ValueError(
+            f"model {name} does not take samples of shape {shape[1:]}, build it for them: {complaint(error)}"
+        ) from error
+    if not isinstance(found, Tensor):
+        parts = f" of {', '.join(map(repr, found))}" if isinstance(found, dict) else ""
+        kind = f"{type(found).__name__}{parts}"
+        raise ValueError(f"model {name} must return one tensor of logits, got a {kind}: let forward return them alone")
+    if list(found.shape) != wanted or found.dtype != torch.float32:
+        kind = "" if found.dtype == torch.float32 else f" of {found.dtype}"
+        raise ValueError(f"model {name} must map {shape} to {wanted}, got {list(found.shape)}{kind}: one logit a class")
 
 
 @model

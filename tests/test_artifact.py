@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fedlab_kit as fk
 from fedlab_kit.compression.quantize import applies, int4_codes, int8_codes
 from fedlab_kit.data import Preprocess
+from fedlab_kit.deployment import artifact as artifact_module
 from fedlab_kit.deployment import convert, export, measure
 from fedlab_kit.deployment.artifact import compress, load, slug
 
@@ -82,9 +83,27 @@ def test_sizes_digest_and_card_are_those_of_the_files(run: fk.Run) -> None:
     assert "test" not in artifact.card  # nobody asked
     assert artifact.card["when"].endswith("+00:00") and "cores" in artifact.card["machine"]
     assert artifact.threads == 1
+    assert artifact.card["zstd_level"] == 18
+    assert artifact.card["runtime"] == {"onnxruntime": f">={measure.oldest_runtime(onnx.load(artifact.path))}"}
+    [taken] = measure.open_session(content).get_inputs()
+    said = artifact.card["input"]
+    assert said["name"] == taken.name and taken.type == f"tensor({said['dtype']})" and said["batch"] == "any"
+    assert isinstance(taken.shape[0], str) and taken.shape[1:] == said["shape"]
     assert artifact.latency_ms > 0
     assert artifact.throughput > 0
     assert artifact.interval[0] < artifact.accuracy < artifact.interval[1]
+
+
+def test_a_large_file_is_packed_at_the_quick_level_and_says_so(
+    run: fk.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = compress(run, RECIPES[1], tmp_path)
+    monkeypatch.setattr(artifact_module, "LARGE", small.bytes - 1)
+    large = compress(run, RECIPES[1], tmp_path)
+    assert (small.card["zstd_level"], large.card["zstd_level"]) == (18, 3) and large.bytes == small.bytes
+    packed = large.path.with_name(large.path.name + ".zst").read_bytes()
+    assert packed == zstandard.ZstdCompressor(level=3).compress(large.path.read_bytes())
+    assert large.zstd_bytes == len(packed) > small.zstd_bytes
 
 
 def test_figures_of_speed_are_those_that_were_timed(

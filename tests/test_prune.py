@@ -1,6 +1,5 @@
 """Pruning: toy cases by hand, the library's answers, and what must not change."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -230,6 +230,10 @@ def _fill(folder: Path, artifact: Artifact, run: StoredRun, points: Sequence[Map
     for file in _files(artifact):
         shutil.copyfile(artifact.path.with_name(file), folder / file)
     copy = load(folder / artifact.path.name)
+    if copy.card["run"] != run.key:
+        raise ValueError(
+            f"{artifact.path.name} must be of the run it is exported with, {run.key}: it is of another one"
+        )
     if copy.card["data"]["digest"] != run.dataset.digest:
         raise StoreError("the data set is another one now: press Run with this point's settings to make it again")
     copy.test()

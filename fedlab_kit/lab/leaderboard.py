@@ -19,7 +19,7 @@ import numpy as np
 from fedlab_kit.clients import client_mix, mean_over
 from fedlab_kit.data import Dataset
 from fedlab_kit.deployment import stranger
-from fedlab_kit.deployment.artifact import LEVEL, check_card, compress
+from fedlab_kit.deployment.artifact import check_card, compress, squeeze
 from fedlab_kit.deployment.score import read
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.task import strata, task
@@ -105,8 +105,6 @@ def _handed_in(team: Path) -> tuple[bytes, dict[str, Any]]:
 
 def _figures(content: bytes, room: Experiment) -> dict[str, Any]:
     """Measure a file: its sizes, and its answers on the room's test split."""
-    import zstandard
-
     right, seconds = _right(content, task(room).dataset)
     low, high = wilson(int(right.sum()), len(right))
     return {
@@ -114,7 +112,7 @@ def _figures(content: bytes, room: Experiment) -> dict[str, Any]:
         "low": low,
         "high": high,
         "bytes": len(content),
-        "zstd_bytes": len(zstandard.ZstdCompressor(level=LEVEL).compress(content)),
+        "zstd_bytes": len(squeeze(content)[0]),
         "latency_ms": seconds * 1e3,
         "worst_client": worst_client(room, right),
     }
@@ -182,6 +180,8 @@ def _round(content: bytes, card: Mapping[str, Any], row: Mapping[str, Any], room
 
     Raises ValueError when they are not the settings of the card's run, or no such file comes of them.
     """
+    if card["experiment"] is None:
+        raise ValueError("it comes from no federation, so there are no rounds to count: rank it by size")
     experiment = Experiment(**card["experiment"])
     if experiment.dataset != room.dataset:
         raise ValueError(f"its settings train on {experiment.dataset}, the room on {room.dataset}")
