@@ -161,7 +161,8 @@ def _skeleton(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> Any:
     for node in model.graph.all_nodes():
         for value in node.outputs:
             value.shape = None  # it is that of this model's sizes
-    model.graph.inputs[0].shape = onnx_ir.Shape(["batch", *x.shape[1:]])
+    for value, shape in ((model.graph.inputs[0], x.shape), (model.graph.outputs[0], deployed(x).shape)):
+        value.shape = onnx_ir.Shape(["batch", *shape[1:]])
     return model
 
 
@@ -284,9 +285,11 @@ def _agreement(graph: Any, raw: Tensor, expected: np.ndarray) -> float:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # tensors of other sizes may not fit a cached graph, which is no news
+    quiet = onnxruntime.RunOptions()
+    options.log_severity_level = quiet.log_severity_level = 4  # tensors of other sizes may not fit a cached graph, which is no news
     try:
-        found = onnxruntime.InferenceSession(graph.SerializeToString(), options).run(None, {"x": raw.numpy()})[0]
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found = session.run(None, {"x": raw.numpy()}, quiet)[0]
     except Exception:
         return 0.0
     if found.shape != expected.shape:
