@@ -45,18 +45,17 @@ _PLAIN = (
 class Deployed(nn.Module):
     """A model with its preprocessing in front: raw values as a site stores them -> logits [n, classes]."""
 
-    mean: Tensor
-    std: Tensor
+    raw: Any
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, axes: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.raw = model, nn.Module()
         for name, values in zip(("mean", "std"), preprocess.constants(axes), strict=True):
-            self.register_buffer(name, values)
+            self.raw.register_buffer(name, values)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw [n, ...] of any dtype -> logits [n, classes]."""
-        return self.model((x.to(torch.float32) - self.mean) / self.std)
+        return self.model((x.to(torch.float32) - self.raw.mean) / self.raw.std)
 
 
 class Trace(TorchFunctionMode):
@@ -75,8 +74,8 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch and write it down."""
         told = self._tell(args), self._tell(kwargs)
-        if func in _CONVOLUTIONS and len(args) == 7 and args[1].shape[1] == 1:
-            told = self._tell((*args[:6], args[1].shape[0] // args[6])), told[1]  # depthwise: a group for each channel
+        if func in _CONVOLUTIONS and len(args) == 7 and args[6] > 1 and args[1].shape[1] == 1:
+            told = self._tell((*args[:6], f"depthwise {args[1].shape[0] // args[6]}")), told[1]  # whatever the width
         found = func(*args, **(kwargs or {}))
         self.calls.append((func, *told, self._tell(found, f"call {len(self.calls)}")))
         return found
@@ -150,12 +149,14 @@ def _keys(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> tuple[tu
 def _skeleton(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> Any:
     """Export without weights: an onnx_ir.Model in which the initializers of these names have no value yet."""
     import onnx_ir
+    from onnx_ir.passes.common import ShapeInferencePass
     from onnxscript import optimizer
 
     with _quiet():
         model = _torch_export(deployed, x)
         for name in tensors.keys() & model.graph.initializers.keys():
             model.graph.initializers[name].const_value = None
+        ShapeInferencePass(data_prop=True)(model)
         optimizer.optimize(model)
     _flatten(model.graph)
     for node in model.graph.all_nodes():
@@ -167,14 +168,13 @@ def _skeleton(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> Any:
 
 
 def _flatten(graph: Any) -> None:
-    """Turn reshapes that keep the batch and nothing else into Flatten, which says the same for any number of features."""
+    """Turn reshapes [batch, ...] -> [batch, features] into Flatten, which says the same for any number of features."""
     for node in graph:
-        if node.op_type == "Reshape" and [len(v.shape or ()) for v in (node.inputs[0], node.outputs[0])][1:] == [2]:
-            before, after = node.inputs[0].shape, node.outputs[0].shape
-            if before is not None and before[0] == after[0] and not isinstance(before[0], int):
-                node.op_type = "Flatten"
-                node.attributes.clear()
-                node.resize_inputs(1)
+        before, after = node.inputs[0] and node.inputs[0].shape, node.outputs[0].shape
+        if node.op_type == "Reshape" and before and after and len(after) == 2 and before[0] == after[0]:
+            node.op_type = "Flatten"
+            node.attributes.clear()
+            node.resize_inputs(1)
 
 
 def _fill(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
@@ -187,10 +187,10 @@ def _fill(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     stored = model.graph.initializers
     torch.onnx.ONNXProgram(model, None).apply_weights({name: t for name, t in tensors.items() if name in stored})
     for node in model.graph.all_nodes():
-        if node.op_type == "Conv" and (group := node.attributes.get_int("group", 1)) > 1:
-            inputs, before = node.inputs[1], node.inputs[1].shape
-            if inputs.const_value is not None and before[1] == 1:  # depthwise: as many groups as there are channels
-                node.attributes.add(AttrInt64("group", inputs.const_value.shape[0] // (before[0] // group)))
+        group = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
+        if group > 1 and node.inputs[1].const_value is not None and node.inputs[1].shape[1] == 1:  # depthwise
+            per_channel = node.inputs[1].shape[0] // group
+            node.attributes.add(AttrInt64("group", node.inputs[1].const_value.shape[0] // per_channel))
     for value in stored.values():
         value.shape = value.const_value.shape
     limits = dict.fromkeys(("input_size_limit", "output_size_limit"), 1 << 62)
@@ -206,19 +206,21 @@ def _worth_it(node: Any) -> bool | None:
 
 
 def _torch_export(deployed: Deployed, x: Tensor) -> Any:
-    """Export, with a free batch, to an onnx_ir.Model. Raises ValueError with the innermost complaint of torch."""
-    for strict in (False, True):
+    """Export, with a free batch, to an onnx_ir.Model. Raises ValueError with torch's innermost complaint."""
+    free, failures = ({0: torch.export.Dim("batch")},), []
+    for strict in (False, True):  # the second reads bytecode, which takes longer and understands more
         try:
-            dimensions = ({0: torch.export.Dim("batch")},)
-            program = torch.export.export(deployed, (x,), dynamic_shapes=dimensions, strict=strict)
-            names: dict[str, Any] = {"input_names": ["x"], "output_names": ["logits"]}
-            return torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, **names).model  # type: ignore[union-attr]
+            program: Any = torch.export.export(deployed, (x,), dynamic_shapes=free, strict=strict)
+            names: Any = {"input_names": ["x"], "output_names": ["logits"]}
+            program = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, **names)
+            return program.model
         except Exception as error:
-            first = error if not strict else first
-    while first.__cause__:
-        first = first.__cause__
-    cause = " ".join(str(first).split()) or type(first).__name__
-    raise ValueError(f"model {type(deployed.model).__name__} cannot be exported to ONNX: {cause:.240}") from first
+            failures.append(error)
+    cause: BaseException = failures[0]
+    while cause.__cause__:
+        cause = cause.__cause__
+    why = " ".join(str(cause).split()) or type(cause).__name__
+    raise ValueError(f"model {type(deployed.model).__name__} cannot be exported to ONNX: {why:.240}") from failures[0]
 
 
 def _finish(model: Any, short: bool = False) -> Any:
@@ -241,24 +243,19 @@ def _finish(model: Any, short: bool = False) -> Any:
 
 
 def _rename(graph: Any, short: bool) -> None:
-    """Name nodes and their values by number, and constants that are no tensors of the model; or all by letters."""
-    graphs = [graph, *graph.subgraphs()]
+    """Name nodes and values by number, and constants that are no tensors of the model; or all values by letters."""
     letters = ("".join(name) for length in count(1) for name in product(ascii_letters, repeat=length))
-    letters = (name for name in letters if name != "x")
-    names, constants = {}, (f"constant_{number}" for number in count())
-    for value in [value for one in graphs for value in one.initializers.values()]:
-        names[value] = value.name if value.name.startswith(("model.", "mean", "std")) else next(constants)
-    for value in [value for one in graphs[1:] for value in one.inputs]:
-        names[value] = next(constants)
+    free = (name for name in letters if name != "x")
+    constants = (f"constant_{number}" for number in count())
+    graphs, names = [graph, *graph.subgraphs()], {}
+    for value in [v for one in graphs for v in (*one.initializers.values(), *(one.inputs if one is not graph else ()))]:
+        names[value] = value.name if "." in value.name else next(constants)
     for number, node in enumerate(graph.all_nodes()):
         node.name = "" if short else f"{node.op_type}_{number}"
-        for position, value in enumerate(node.outputs):
-            names[value] = f"{node.op_type}_{number}_{position}"
-    chosen = {value: next(letters) if short else name for value, name in names.items() if value.name}
-    for value in graph.outputs:
-        chosen.pop(value, None)
-    for number, value in enumerate(chosen):  # by way of names that nothing has
-        value.name = f"_{number}"
+        names |= {value: f"{node.op_type}_{number}_{position}" for position, value in enumerate(node.outputs)}
+    chosen = {v: next(free) if short else name for v, name in names.items() if v.name and v not in graph.outputs}
+    for number, value in enumerate(chosen):
+        value.name = f"_{number}"  # which is no name of either kind
     for value, name in chosen.items():
         value.name = name
 
@@ -283,10 +280,9 @@ def _agreement(graph: Any, raw: Tensor, expected: np.ndarray) -> float:
     """Return the share of raw samples for which onnxruntime gives torch's logits."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    options, quiet = onnxruntime.SessionOptions(), onnxruntime.RunOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    quiet = onnxruntime.RunOptions()
-    options.log_severity_level = quiet.log_severity_level = 4  # tensors of other sizes may not fit a cached graph, which is no news
+    options.log_severity_level = quiet.log_severity_level = 4  # a cached graph that tensors do not fit is no news
     try:
         session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
         found = session.run(None, {"x": raw.numpy()}, quiet)[0]
