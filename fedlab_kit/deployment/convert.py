@@ -40,7 +40,7 @@ def convert(graph: Any, dtype: str, ranges: Ranges | None = None) -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if dtype == "fp32":
-        return graph
+        return clean(graph)
     inferred = _with_shapes(graph)
     if dtype == "fp16":
         converted = _fp16(inferred)
