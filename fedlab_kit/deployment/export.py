@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedlab_kit.compression.prune import TURN
+from fedlab_kit.compression.channels import TURN
 from fedlab_kit.data import Preprocess
 
 KEPT = 32  # graphs in the cache
