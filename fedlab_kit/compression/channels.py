@@ -115,7 +115,7 @@ def plan_channels(
     remedy = f"prune must be 'weight' for model {name or type(model).__name__!r}, got 'channel': torch-pruning"
     with TURN:
         try:
-            groups = list(_groups(model, sample, ratio, multiple))
+            groups = list(_groups(model, sample, ratio, multiple))[::-1]
         except Exception as error:  # whatever a library that follows autograd's graph may stumble on
             raise ValueError(f"{remedy} cannot follow it ({_line(error)})") from error
         for group in groups:
