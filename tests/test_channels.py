@@ -301,7 +301,7 @@ def test_a_network_that_breaks_everywhere_is_refused_in_one_line() -> None:
     def sizes() -> nn.Module:
         return Of(lambda net, x: net.head(net.a(x).view(-1, 16)), a=nn.Linear(10, 16), head=nn.Linear(16, 4))
 
-    for function, layer in ((tied, "b, a"), (sizes, "a")):
+    for function, layer in ((tied, "a, b"), (sizes, "a")):
         model, x = made(function, ROWS)
         with pytest.raises(ValueError, match=f"prune must be 'weight' for model 'mine'.* breaks {layer} ") as error:
             prune(model, x, Recipe(prune="channel", prune_ratio=0.5), "mine")

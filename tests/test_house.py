@@ -9,7 +9,8 @@ ROOT = Path(fedlab_kit.__file__).parent
 ORDER = [
     "settings", "experiment", "catalog", "statistics", "files", "download", "data", "clinic", "hospitals",
     "partition", "models",
-    "compression.channels", "compression.prune", "compression.quantize", "compression.distill",
+    "compression.dependency", "compression.channels", "compression.prune", "compression.quantize",
+    "compression.distill",
     "wire.steps", "wire.codec", "wire.bits", "wire.dense",
     "wire.sparse", "wire.frame", "wire", "wire.ledger", "wire.privacy", "wire.secure",
     "federation.layers", "federation.stacked", "federation.flat", "federation.task",

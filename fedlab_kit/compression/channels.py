@@ -1,7 +1,7 @@
 """Channel pruning: which channels go from which layers, and the smaller network, checked against the whole one.
 
-torch-pruning (Fang et al. 2023) finds out which layers hang together. What it gets wrong is found here by running the
-pruned network; such layers keep their channels, and the plan says so.
+torch-pruning finds out which layers hang together. What it gets wrong is found by running the pruned network; such
+layers keep their channels, and the plan says so.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch_pruning import BasePruningFunc, DependencyGraph, importance
+from torch_pruning import importance
 
+from fedlab_kit.compression.dependency import CONV, LAST_AXIS, dependencies, without
 from fedlab_kit.models import Draws, as_batch
 
 # Measured in onnxruntime: layers of 32 channels or more run in blocks, and with counts between the blocks a pruned
@@ -26,7 +26,6 @@ WIDE, MULTIPLE = 32, 8
 
 TURN = RLock()  # torch's exporter and pruner follow a model through state of the process: one thread at a time
 
-CONV, LAST_AXIS = nn.modules.conv._ConvNd, (nn.LayerNorm, nn.RMSNorm)
 WIDTHS = {  # the layers that have channels of their own, and how many
     CONV: "out_channels",
     nn.Linear: "out_features",
@@ -115,7 +114,7 @@ def plan_channels(
     remedy = f"prune must be 'weight' for model {name or type(model).__name__!r}, got 'channel': torch-pruning"
     with TURN:
         try:
-            groups = list(_groups(model, sample, ratio, multiple))
+            groups = list(_groups(model, sample, ratio, multiple))[::-1]
         except Exception as error:  # whatever a library that follows autograd's graph may stumble on
             raise ValueError(f"{remedy} cannot follow it ({_line(error)})") from error
         for group in groups:
@@ -151,7 +150,7 @@ def prune_channels(model: nn.Module, plan: ChannelPlan) -> nn.Module:
             remove(layers[name], sorted(gone))
         else:
             owner, _, last = name.rpartition(".")
-            setattr(layers[owner], last, _without(getattr(layers[owner], last), sorted(gone), axis))
+            setattr(layers[owner], last, without(getattr(layers[owner], last), sorted(gone), axis))
     _as_before(small, model)
     return small
 
@@ -167,13 +166,6 @@ def _as_before(small: nn.Module, model: nn.Module) -> None:
         setattr(small.get_submodule(owner), last, tied.requires_grad_(parameter.requires_grad))
 
 
-def _without(tensor: Tensor, gone: Sequence[int], axis: int) -> Tensor:
-    kept = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
-    kept[list(gone)] = False
-    left = tensor.detach().index_select(axis, kept.nonzero().flatten())
-    return nn.Parameter(left) if isinstance(tensor, nn.Parameter) else left
-
-
 def _kept(group: Group, ratio: float, multiple: int) -> int:
     """How many of a layer's channels stay: rounded to blocks where it is wide, as many in each part everywhere."""
     left, blocks = group.width * (1 - ratio), math.lcm(multiple, group.parts)
@@ -183,7 +175,7 @@ def _kept(group: Group, ratio: float, multiple: int) -> int:
 
 def _groups(model: nn.Module, sample: Tensor, ratio: float, multiple: int) -> Iterator[Group]:
     """Propose what to remove from each group of layers that hang together, the last to run first."""
-    graph, entry, names = _graph(model, sample)
+    graph, entry, names = dependencies(model, sample)
     seen: set[nn.Module] = {entry}
     for root in [node for node in graph.module2node if isinstance(node, tuple(WIDTHS))]:
         pruner = graph.get_pruner_of_module(root)
@@ -240,119 +232,6 @@ def _parts(layer: Any) -> int:
     if sizes := getattr(layer, "split_sizes", None):
         return len(sizes)
     return getattr(layer, "num_groups", getattr(layer, "num_heads", 1))
-
-
-def _graph(model: nn.Module, sample: Tensor) -> tuple[Any, nn.Module, dict[Any, str]]:
-    """Return torch-pruning's graph of a copy of the model, the layer its inputs come from, and its parts' names."""
-    # the graph sees no inputs, and miscounts what is joined to them or joined and flattened: let layers stand there
-    entry = (
-        nn.SyncBatchNorm(sample.shape[1], eps=0.0) if sample.is_floating_point() and sample.ndim > 1 else nn.Identity()
-    )
-    whole = nn.ModuleDict({"entry": entry, "model": copy.deepcopy(model)}).requires_grad_(True).eval().to(sample.device)
-    ends: list[Tensor] = []
-    for layer in whole.modules():
-        if not type(layer).__module__.startswith("torch.nn.modules."):
-            for name, table in list(layer.named_buffers(recurse=False)):
-                if table.is_floating_point() and table.ndim > 1:  # of positions: the graph sees it as a parameter
-                    delattr(layer, name)
-                    layer.register_parameter(name, nn.Parameter(table))
-        if isinstance(layer, nn.RNNBase):
-            layer.register_forward_hook(_as_one)
-        if isinstance(layer, nn.Linear | CONV):
-            layer.register_forward_hook(lambda layer, args, output: ends.append(output))
-    own = dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), RecurrentPruner()) | dict.fromkeys(LAST_AXIS, LastAxisPruner())
-    with torch.enable_grad(), Draws(0).inside():
-        with _Joints() as joints:
-            whole["model"](sample.clone())  # a network may write on its inputs
-        layers = nn.ModuleList(nn.SyncBatchNorm(width) for width in joints.widths).eval().to(sample.device)
-        whole["joints"] = layers
-
-        def forward(whole: nn.ModuleDict, sample: Tensor) -> list[Tensor]:
-            ends.clear()
-            with _Joints(iter(layers)):
-                return [whole["model"](whole["entry"](sample).clone()), *ends]  # the outputs, and what nobody reads
-
-        graph = DependencyGraph().build_dependency(whole, sample, forward, customized_pruners=own, verbose=False)
-    parts = (*whole["model"].named_modules(), *whole["model"].named_parameters())
-    return graph, entry, {part: name for name, part in parts}
-
-
-class _Joints(TorchFunctionMode):
-    """Notes the widths of what is joined channel by channel inside the block, and sends it through the next layer."""
-
-    def __init__(self, layers: Iterator[nn.Module] | None = None) -> None:
-        super().__init__()
-        self.layers = layers
-        self.widths: list[int] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func not in (torch.cat, torch.concat, torch.concatenate) or output.ndim not in (2, 4, 5):
-            return output
-        joined = args[0] if args else kwargs["tensors"]
-        if joined[0].shape[1] == output.shape[1]:  # along another axis
-            return output
-        self.widths.append(output.shape[1])
-        return next(self.layers)(output) if self.layers else output
-
-
-class LastAxisPruner(BasePruningFunc):
-    """LayerNorm, whose kept channels the library leaves in the order of a set, and RMSNorm, which it does not know."""
-
-    def prune_out_channels(self, layer: nn.LayerNorm | nn.RMSNorm, idxs: Sequence[int]) -> nn.Module:
-        """Remove the channels `idxs` of the last axis."""
-        for name, parameter in list(layer.named_parameters()):
-            setattr(layer, name, _without(parameter, idxs, -1))
-        layer.normalized_shape = (*layer.normalized_shape[:-1], layer.normalized_shape[-1] - len(idxs))
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: nn.LayerNorm | nn.RMSNorm) -> int:
-        """Return the length of the last axis."""
-        return layer.normalized_shape[-1]
-
-    get_in_channels = get_out_channels
-
-
-class RecurrentPruner(BasePruningFunc):
-    """LSTM, which the library prunes to shapes that do not run, GRU and RNN: inputs, and hidden units of one way."""
-
-    def prune_in_channels(self, layer: nn.RNNBase, idxs: Sequence[int]) -> nn.Module:
-        """Remove the inputs `idxs`."""
-        for name in [name for name, _ in layer.named_parameters() if name.startswith("weight_ih_l0")]:
-            setattr(layer, name, _without(layer.get_parameter(name), idxs, 1))
-        layer.input_size -= len(idxs)
-        return layer
-
-    def prune_out_channels(self, layer: nn.RNNBase, idxs: Sequence[int]) -> nn.Module:
-        """Remove the hidden units `idxs`, the same of every layer, from all gates."""
-        for name, parameter in list(layer.named_parameters()):
-            gates = range(0, len(parameter), layer.hidden_size)
-            smaller = _without(parameter, [gate + i for gate in gates for i in idxs], 0)
-            reads_hidden = name.startswith("weight") and not name.startswith("weight_ih_l0")
-            setattr(layer, name, _without(smaller, idxs, 1) if reads_hidden else smaller)
-        layer.hidden_size -= len(idxs)
-        return layer
-
-    def get_out_channels(self, layer: nn.RNNBase) -> int | None:
-        """Return the hidden units, or None where the outputs are others than these."""
-        return None if layer.bidirectional or layer.proj_size else layer.hidden_size
-
-    def get_in_channels(self, layer: nn.RNNBase) -> int:
-        """Return the number of inputs."""
-        return layer.input_size
-
-
-def _as_one(layer: nn.RNNBase, args: Any, outputs: Any) -> Any:
-    """Let the graph see a recurrent layer as one operation, whose final state is its last output."""
-    output, state = outputs
-    if not isinstance(output, Tensor):
-        return outputs
-    output = output.detach() + 0 * (args[0].mean(-1, keepdim=True) + layer.get_parameter("weight_hh_l0").mean())
-    final = state[0] if isinstance(state, tuple) else state
-    hidden = output.select(-2 if layer.batch_first else 0, -1)[..., : final.shape[-1]].expand_as(final)
-    return output, (hidden, hidden) if isinstance(state, tuple) else hidden
 
 
 def _sound(model: nn.Module, sample: Tensor, groups: list[Group]) -> list[Group]:

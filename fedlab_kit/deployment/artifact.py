@@ -24,6 +24,7 @@ from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import StoreError, at, is_number, read_json, sweep_up, write_bytes, write_json
 from fedlab_kit.models import Draws, flops
 from fedlab_kit.run import Run
+from fedlab_kit.settings import complaint
 from fedlab_kit.store import when_and_where
 
 LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
@@ -124,7 +125,12 @@ def compress(
         subject = subject_of(model, client, dataset)
         # what a module of one's own draws while it answers is not drawn from its owner's random numbers
         with Draws(0).inside() if subject.facts["module"] else nullcontext():
-            return _compress(subject, recipe, folder)
+            try:
+                return _compress(subject, recipe, folder)
+            except (ValueError, OSError):
+                raise
+            except Exception as error:  # another library's, on a network it does not know: in one line all the same
+                raise ValueError(f"model {subject.name} cannot be compressed so: {complaint(error)}") from error
 
 
 def recall(
