@@ -19,7 +19,7 @@ ORDER = [
     "scale.settings", "scale.client", "scale.exchange", "scale.flower", "scale.credentials", "scale.processes",
     "scale.engines",
     "scale.cost", "personal", "deployment.measure",
-    "deployment.export", "deployment.convert", "deployment.score", "deployment.artifact", "deployment.evaluate",
+    "deployment.export", "deployment.static", "deployment.convert", "deployment.score", "deployment.artifact", "deployment.evaluate",
     "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor", "deployment.stream",
     "deployment.maintain", "training", "sweep",
     "lab.canvas", "lab.curve", "lab.clients", "lab.client_pictures", "lab.plots", "lab.marks",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedlab_kit import data
 from fedlab_kit.compression.prune import TURN, plan_channels, prune_channels, prune_weights
-from fedlab_kit.deployment import convert, measure
+from fedlab_kit.deployment import convert, measure, static
 from fedlab_kit.deployment.export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.experiment import Recipe
@@ -159,7 +159,9 @@ def prune(model: nn.Module, shape: tuple[int, ...], recipe: Recipe) -> nn.Module
 def slug(recipe: Recipe) -> str:
     """A recipe as a part of a file's name, e.g. "channel-0.5-int8-static"."""
     pruning = [recipe.prune, f"{recipe.prune_ratio}"] if recipe.prune_ratio else []
-    return "-".join([*pruning, recipe.dtype, *([recipe.quantization] if recipe.dtype == "int8" else [])])
+    how = [recipe.quantization] if recipe.dtype == "int8" else []
+    calibration = [recipe.calibration] if how == ["static"] and recipe.calibration != "minmax" else []
+    return "-".join([*pruning, recipe.dtype, *how, *calibration])
 
 
 def _whose(run: Run, client: int | None) -> tuple[nn.Module, data.Split]:
@@ -185,7 +187,7 @@ def _converted(run: Run, recipe: Recipe, model: nn.Module, shards: Sequence[Tens
     dataset, ranges = run.dataset, None
     graph = export(model, dataset.preprocess, dataset.validation.x[:SAMPLES])
     if (recipe.dtype, recipe.quantization) == ("int8", "static"):
-        ranges = convert.calibrate(graph, [dataset.train.x[shard] for shard in shards])
+        ranges = static.calibrate(graph, [dataset.train.x[shard] for shard in shards], recipe.calibration)
     return convert.convert(graph, recipe.dtype, ranges)
 
 
