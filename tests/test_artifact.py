@@ -170,7 +170,7 @@ def test_a_swapped_graph_is_never_trusted_blindly(run: fk.Run, tmp_path: Path) -
 def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
     graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
     ranges = static.calibrate(graph, [run.dataset.train.x[shard] for shard in run.shards])
-    static = measure.stored_weights(convert.convert(graph, "int8", ranges))
+    fixed = measure.stored_weights(convert.convert(graph, "int8", ranges))
     dynamic = measure.stored_weights(convert.convert(graph, "int8"))
     four = measure.stored_weights(convert.convert(graph, "int4"))
     for name, weight in run.model.state_dict().items():
@@ -178,7 +178,7 @@ def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
             continue
         codes = int8_codes(weight).codes.numpy()
         first = weight.shape[1] == 1  # a convolution of one channel is faster in float, and training leaves it so
-        assert np.array_equal(_called(static, name), weight.numpy() if first else codes)
+        assert np.array_equal(_called(fixed, name), weight.numpy() if first else codes)
         assert applies(weight, "int8") is not first
         if weight.ndim == 2:
             assert np.array_equal(_called(dynamic, name), codes.T)  # Gemm has become MatMul

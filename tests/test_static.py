@@ -199,6 +199,9 @@ def test_what_has_no_finite_range_stays_float() -> None:
         assert {w.dtype.name for w in measure.stored_weights(quantized).values()} == {"float32", "int8"}
         assert off(quantized, graph, x) < 0.15
     np.testing.assert_array_equal(logits(static.quantize(graph, {}), x), logits(graph, x))
+    x[3, 2] = np.inf  # a sample of its own can do it as well
+    for method in METHODS:
+        assert off(static.quantize(graph, static.calibrate(graph, [x], method)), graph, x[4:]) < 0.15
 
 
 def test_a_model_without_a_layer_to_quantize_stays_as_it_is() -> None:
@@ -360,6 +363,19 @@ def test_one_wild_value_ruins_extremes_alone() -> None:
     assert held > 0.85 and all(abs(score - held) <= 0.02 for score in tame)
     assert with_it["minmax"] < held - 0.3
     assert with_it["percentile"] > held - 0.03 and with_it["entropy"] > held - 0.03
+
+
+def test_a_layer_that_is_nearly_always_zero_keeps_its_range() -> None:
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].weight.zero_(), model[0].bias.fill_(-1), model[0].weight[0, 0].fill_(1), model[0].bias[0].fill_(-2.5)
+    graph = export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
+    assert (model[0](x) > 0).float().mean() < 0.002
+    extremes = static.calibrate(graph, [x])
+    hidden = list(extremes)[-1]
+    for method in ("percentile", "entropy"):
+        assert static.calibrate(graph, [x], method)[hidden] == extremes[hidden]
 
 
 def test_calibration_needs_samples() -> None:

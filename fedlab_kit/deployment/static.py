@@ -1,9 +1,9 @@
 """Static int8: which layers compute on integers, the ranges that clients measure for them, and the quantized graph.
 
 Weights are symmetric codes with a scale for each output channel (`compression.quantize`), activations unsigned codes on
-ranges that were measured beforehand; biases, logits and all the rest stay float. Clients answer twice at most: extremes
-first, then, where a range is to be narrower than that, counts in bins that all share. Extremes of extremes and sums of
-counts are those of all samples together, so calibration in a federation is exact.
+ranges that were measured beforehand; biases, logits and all the rest stay float. Clients answer with extremes and,
+where a range is to be narrower, with counts in bins that all share, in narrower bins again if need be. Extremes of
+extremes and sums of counts are those of all samples together, so calibration in a federation is exact.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ FOLLOWS = (*LIMITS, *MOVES, "Add", "Concat")  # int8 where all that they take is
 _ROWS = 8  # samples run at once in calibration, always: another batch size could round a sum differently
 _DEAD = np.float32(2.0**-8)  # the width of a range for an activation that was zero on every sample
 _COARSE = 1 / 8  # share of a range below which its bins are too wide for the rest
+_PASSES = 4  # enough to find what lies 10^13 times as close as the wildest value
+_NOTHING = 2.0**-40  # share of a range that is left after so many where nearly all values are zero: all of it counts
 _GRID = ("QuantizeLinear", "DequantizeLinear")
 _PLAIN = {"alpha": 1, "beta": 1, "transA": 0}  # a Gemm as a Linear layer becomes; onnxruntime forgets others
-_TINY = 255 * np.finfo(np.float32).tiny
+_TINY = 255 * float(np.finfo(np.float32).tiny)
 
 
 def calibrate(
@@ -58,10 +60,16 @@ def calibrate(
     def count(within: Ranges) -> Histograms:
         return merge_histograms(calibrator.histograms(samples, within) for samples in shares)
 
-    widest = ranges = merge_ranges(calibrator.ranges(samples) for samples in shares)
-    again = method != "minmax"
-    while again:
-        ranges, again = percentile_ranges(count(ranges), ranges)
+    widest = merge_ranges(calibrator.ranges(samples) for samples in shares)
+    if method == "minmax":
+        return widest
+    ranges, again = widest, True
+    for _ in range(_PASSES):
+        if again:
+            ranges, again = percentile_ranges(count(ranges), ranges)
+    ranges = {
+        name: span if _width(span) > _NOTHING * _width(widest[name]) else widest[name] for name, span in ranges.items()
+    }
     return entropy_ranges(count(within := around(ranges, widest)), within) if method == "entropy" else ranges
 
 
@@ -75,11 +83,13 @@ def client_ranges(graph: Any, samples: Tensor) -> Ranges:
 
 def merge_ranges(clients: Iterable[Ranges]) -> Ranges:
     """What the server does with them: the minimum of the minima, the maximum of the maxima."""
-    merged: Ranges | None = None
-    for ranges in clients:
-        merged = merged or ranges
-        merged = {name: (min(low, merged[name][0]), max(high, merged[name][1])) for name, (low, high) in ranges.items()}
-    if merged is None:
+    merged: Ranges = {}
+    heard = 0
+    for heard, ranges in enumerate(clients, 1):
+        for name, (low, high) in ranges.items():
+            known = merged.get(name, (low, high))
+            merged[name] = (min(low, known[0]), max(high, known[1]))
+    if not heard:
         raise ValueError("calibration needs at least one client's ranges, got none")
     return merged
 
@@ -319,7 +329,7 @@ def _joins(node: Any, taken: Sequence[str]) -> bool:
 def _span(low: Any, high: Any) -> tuple[np.ndarray, np.ndarray]:
     """A range as onnxruntime takes it: with zero inside, and wider than nothing."""
     low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
-    return np.array(low), np.array(high if high - low > _TINY else _DEAD)
+    return np.array(low), np.array(high if float(high) - float(low) > _TINY else _DEAD)
 
 
 def _weights(plan: Plan, known: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -361,11 +371,10 @@ def _edges(low: Any, high: Any) -> np.ndarray:
 
 
 def _counts(values: np.ndarray, low: Any, high: Any) -> np.ndarray:
-    """How many values lie in each bin, int64 [2048], those outside in the outermost; none in a range of no width."""
-    edges = _edges(low, high)
-    if edges[0] == edges[-1]:
+    """How many values lie in each bin, int64 [2048], those outside in the outermost; none without a finite width."""
+    ends = min(float(low), 0.0), max(float(high), 0.0)
+    if not _TINY < ends[1] - ends[0] < np.inf:
         return np.zeros(BINS, np.int64)
-    ends = np.float32(edges[0]).item(), np.float32(edges[-1]).item()
     return torch.histc(torch.from_numpy(values.ravel()).clamp(*ends), BINS, *ends).numpy().astype(np.int64)
 
 
