@@ -83,14 +83,13 @@ def client_ranges(graph: Any, samples: Tensor) -> Ranges:
 
 def merge_ranges(clients: Iterable[Ranges]) -> Ranges:
     """What the server does with them: the minimum of the minima, the maximum of the maxima."""
-    merged: Ranges = {}
-    heard = 0
-    for heard, ranges in enumerate(clients, 1):
+    answers, merged = list(clients), Ranges()
+    if not answers:
+        raise ValueError("calibration needs at least one client's ranges, got none")
+    for ranges in answers:
         for name, (low, high) in ranges.items():
             known = merged.get(name, (low, high))
             merged[name] = (min(low, known[0]), max(high, known[1]))
-    if not heard:
-        raise ValueError("calibration needs at least one client's ranges, got none")
     return merged
 
 
