@@ -34,6 +34,11 @@ class Recipe(Settings):
     quantization: Literal["dynamic", "static"] = knob("static", "Quantization", "compress", when={"dtype": ("int8",)})
     """int8 only. Static: every layer, activation ranges measured by the clients beforehand. Dynamic: Linear layers
     only, ranges measured at each prediction."""
+    calibration: Literal["minmax", "percentile", "entropy"] = knob(
+        "minmax", "Calibration", "compress", when={"dtype": ("int8",), "quantization": ("static",)}
+    )
+    """Static int8 only. What the range of an activation is to hold: every value (minmax), the middle 99.5 % of them
+    (percentile), or those whose histogram changes least in 8 bits (entropy); one wild value ruins minmax."""
 
 
 class Experiment(Settings):

@@ -20,7 +20,7 @@ import fedlab_kit as fk
 from fedlab_kit.compression.quantize import applies, int4_codes, int8_codes
 from fedlab_kit.data import Preprocess
 from fedlab_kit.deployment import artifact as artifact_module
-from fedlab_kit.deployment import convert, export, measure
+from fedlab_kit.deployment import convert, export, measure, static
 from fedlab_kit.deployment.artifact import compress, load, slug
 
 RECIPES = [
@@ -200,8 +200,8 @@ def test_a_swapped_graph_is_never_trusted_blindly(run: fk.Run, tmp_path: Path) -
 
 def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
     graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
-    ranges = convert.calibrate(graph, [run.dataset.train.x[shard] for shard in run.shards])
-    static = measure.stored_weights(convert.convert(graph, "int8", ranges))
+    ranges = static.calibrate(graph, [run.dataset.train.x[shard] for shard in run.shards])
+    fixed = measure.stored_weights(convert.convert(graph, "int8", ranges))
     dynamic = measure.stored_weights(convert.convert(graph, "int8"))
     four = measure.stored_weights(convert.convert(graph, "int4"))
     for name, weight in run.model.state_dict().items():
@@ -209,7 +209,7 @@ def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
             continue
         codes = int8_codes(weight).codes.numpy()
         first = weight.shape[1] == 1  # a convolution of one channel is faster in float, and training leaves it so
-        assert np.array_equal(_called(static, name), weight.numpy() if first else codes)
+        assert np.array_equal(_called(fixed, name), weight.numpy() if first else codes)
         assert applies(weight, "int8") is not first
         if weight.ndim == 2:
             assert np.array_equal(_called(dynamic, name), codes.T)  # Gemm has become MatMul
@@ -220,36 +220,6 @@ def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
 def _called(weights: dict[str, np.ndarray], name: str) -> np.ndarray:
     [found] = [values for key, values in weights.items() if key.startswith(name)]
     return found
-
-
-def test_merged_client_ranges_give_the_file_of_pooled_calibration(run: fk.Run, tmp_path: Path) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-
-    class Pooled(CalibrationDataReader):
-        def __init__(self, x: Tensor) -> None:
-            self.batches = iter([{"x": part.numpy()} for part in x.split(8)])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.batches, None)
-
-    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
-    clients = [run.dataset.train.x[:5], run.dataset.train.x[5:6], run.dataset.train.x[6:48]]
-    merged = convert.merge_ranges([convert.client_ranges(graph, samples) for samples in clients])
-    ours = convert.convert(graph, "int8", merged).SerializeToString(deterministic=True)
-    pooled = tmp_path / "pooled.onnx"
-    quantize_static(
-        graph,
-        pooled,
-        Pooled(run.dataset.train.x[:48]),
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=list(convert.STATIC),
-        nodes_to_exclude=["Conv_3"],
-        extra_options=dict(convert.STATIC_OPTIONS),
-    )
-    theirs = export.clean(onnx.load(pooled)).SerializeToString(deterministic=True)
-    assert ours == theirs
 
 
 def test_a_dtype_that_does_nothing_says_so(run: fk.Run, tmp_path: Path) -> None:
@@ -322,14 +292,6 @@ def test_a_model_that_cannot_be_exported_is_named(run: fk.Run, tmp_path: Path) -
     with pytest.raises(ValueError, match="model Moody cannot be exported to ONNX"):
         compress(stand_in(run, Moody()), fk.Recipe(), tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_calibration_needs_samples(run: fk.Run) -> None:
-    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
-    with pytest.raises(ValueError, match="calibration needs at least one sample"):
-        convert.client_ranges(graph, run.dataset.train.x[:0])
-    with pytest.raises(ValueError, match="calibration needs at least one client"):
-        convert.calibrate(graph, [])
 
 
 def test_an_unknown_dtype_is_named(run: fk.Run) -> None:

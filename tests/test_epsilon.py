@@ -336,6 +336,9 @@ def test_what_is_outside_is_named_for_what_was_asked() -> None:
     assert privacy.outside(OFF) == ()
     static, dynamic = (fk.Recipe(dtype="int8", quantization=how) for how in ("static", "dynamic"))
     assert set(privacy.outside(SMALL, static)) - set(privacy.outside(SMALL, dynamic)) == {"calibration ranges"}
+    counted = static.replace(calibration="entropy")
+    assert set(privacy.outside(SMALL, counted)) - set(privacy.outside(SMALL, static)) == {"calibration histograms"}
+    assert privacy.outside(SMALL, dynamic.replace(calibration="entropy")) == privacy.outside(SMALL, dynamic)
     sites = SMALL.replace(dataset="blobs_at_sites", partition="site", strategy="feddf")
     more = {"sites' sums and squares", "local baselines", "public samples"}
     assert set(privacy.outside(sites)) == always | {"sample counts"} | more

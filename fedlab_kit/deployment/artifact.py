@@ -16,7 +16,7 @@ from torch import nn
 from fedlab_kit import catalog, data
 from fedlab_kit.compression.channels import TURN
 from fedlab_kit.compression.prune import prune
-from fedlab_kit.deployment import convert, measure
+from fedlab_kit.deployment import convert, measure, static
 from fedlab_kit.deployment.export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.deployment.subject import Subject, subject_of
@@ -227,7 +227,9 @@ def check_card(card: dict[str, Any]) -> None:
 def slug(recipe: Recipe) -> str:
     """A recipe as a part of a file's name, e.g. "channel-0.5-int8-static"."""
     pruning = [recipe.prune, f"{recipe.prune_ratio}"] if recipe.prune_ratio else []
-    return "-".join([*pruning, recipe.dtype, *([recipe.quantization] if recipe.dtype == "int8" else [])])
+    how = [recipe.quantization] if recipe.dtype == "int8" else []
+    calibration = [recipe.calibration] if how == ["static"] and recipe.calibration != "minmax" else []
+    return "-".join([*pruning, recipe.dtype, *how, *calibration])
 
 
 def squeeze(content: bytes) -> tuple[bytes, int]:
@@ -243,7 +245,7 @@ def _converted(subject: Subject, recipe: Recipe, model: nn.Module) -> Any:
     dataset, ranges = subject.dataset, None
     graph = export(model, dataset.preprocess, dataset.validation.x[:SAMPLES])
     if (recipe.dtype, recipe.quantization) == ("int8", "static"):
-        ranges = convert.calibrate(graph, subject.calibration())
+        ranges = static.calibrate(graph, subject.calibration(), recipe.calibration)
     return convert.convert(graph, recipe.dtype, ranges)
 
 

@@ -58,13 +58,18 @@ LEAVES: tuple[Leaving, ...] = (
     Leaving("validation hits and losses", lambda e, r: True, OUTSIDE, OUTSIDE),
     Leaving("normalization constants", lambda e, r: True, OUTSIDE, OUTSIDE),
     Leaving("sites' sums and squares", lambda e, r: bool(load(e.dataset).sites), OUTSIDE, OUTSIDE),
-    Leaving("calibration ranges", lambda e, r: (r.dtype, r.quantization) == ("int8", "static"), OUTSIDE, OUTSIDE),
+    Leaving("calibration ranges", lambda e, r: _static(r), OUTSIDE, OUTSIDE),
+    Leaving("calibration histograms", lambda e, r: _static(r) and r.calibration != "minmax", OUTSIDE, OUTSIDE),
     Leaving("local baselines", lambda e, r: e.partition == "site", OUTSIDE, OUTSIDE),
     Leaving("public samples", lambda e, r: e.strategy == "feddf", REFUSED, OUTSIDE),
     Leaving("the choice among runs", lambda e, r: True, OUTSIDE, OUTSIDE),
     Leaving("the seed of noise and cohorts", lambda e, r: True, OUTSIDE, OUTSIDE),
 )
 """Every number that leaves a client, or is made of its samples where all can see it, under some settings."""
+
+
+def _static(recipe: Recipe) -> bool:
+    return (recipe.dtype, recipe.quantization) == ("int8", "static")
 
 
 def outside(experiment: Experiment, recipe: Recipe | None = None) -> tuple[str, ...]:
