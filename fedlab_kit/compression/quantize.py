@@ -10,7 +10,7 @@ export quantizes them to 8 bits with ranges that the clients measure afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ def fake_quantize(weight: Tensor, dtype: str) -> Tensor:
     return quantized(weight.detach(), dtype) + (weight - weight.detach())
 
 
-def layer_dtypes(names: Iterable[str], dtype: str, keep: str) -> dict[str, str]:
+def weight_dtypes(names: Iterable[str], dtype: str, keep: str) -> dict[str, str]:
     """Say which dtype each weight gets, named in the order of the network: with `keep` "ends", int8 at both ends."""
     given = dict.fromkeys(names, dtype)
     if keep == "ends" and dtype in ("int4", "int2") and given:
@@ -79,12 +79,13 @@ def layer_dtypes(names: Iterable[str], dtype: str, keep: str) -> dict[str, str]:
     return given
 
 
-def parameter_dtypes(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str, keep: str) -> dict[str, str]:
-    """Say which dtype the parameters of layers get, by their names and shapes; what is not named stays as it is.
+def parameter_dtypes(shapes: Mapping[str, tuple[int, ...]], dtype: str, keep: str) -> dict[str, str]:
+    """Say which dtype each parameter gets, by the parameters' names and shapes; none where it stays as it is.
 
     Weights are called so and have two dimensions or more, their biases have one; normalization must not be among them.
+    A recurrent layer's two directions lie in one tensor of the file.
     """
-    shapes = [(name, len(shape), name.rpartition(".")[2]) for name, shape in shapes]
-    weights = [name for name, axes, called in shapes if axes > 1 and "weight" in called]
-    biases = [name for name, axes, called in shapes if axes == 1 and "bias" in called]
-    return {**layer_dtypes(weights, dtype, keep), **dict.fromkeys(biases, "bf16")}
+    weights = [name for name, shape in shapes.items() if len(shape) > 1 and "weight" in name.rpartition(".")[2]]
+    biases = [name for name, shape in shapes.items() if len(shape) == 1 and "bias" in name.rpartition(".")[2]]
+    given = weight_dtypes((name.removesuffix("_reverse") for name in weights), dtype, keep)
+    return {name: given[name.removesuffix("_reverse")] for name in weights} | dict.fromkeys(biases, "bf16")

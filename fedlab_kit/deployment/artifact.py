@@ -159,7 +159,8 @@ def prune(model: nn.Module, shape: tuple[int, ...], recipe: Recipe) -> nn.Module
 def slug(recipe: Recipe) -> str:
     """A recipe as a part of a file's name, e.g. "channel-0.5-int8-static"."""
     pruning = [recipe.prune, f"{recipe.prune_ratio}"] if recipe.prune_ratio else []
-    return "-".join([*pruning, recipe.dtype, *([recipe.quantization] if recipe.dtype == "int8" else [])])
+    how = {"int8": recipe.quantization, "int4": recipe.keep, "int2": recipe.keep}.get(recipe.dtype, "none")
+    return "-".join([*pruning, recipe.dtype, *([how] if how != "none" else [])])
 
 
 def _whose(run: Run, client: int | None) -> tuple[nn.Module, data.Split]:
@@ -186,7 +187,7 @@ def _converted(run: Run, recipe: Recipe, model: nn.Module, shards: Sequence[Tens
     graph = export(model, dataset.preprocess, dataset.validation.x[:SAMPLES])
     if (recipe.dtype, recipe.quantization) == ("int8", "static"):
         ranges = convert.calibrate(graph, [dataset.train.x[shard] for shard in shards])
-    return convert.convert(graph, recipe.dtype, ranges)
+    return convert.convert(graph, recipe.dtype, ranges, recipe.keep)
 
 
 def _artifact(path: Path, card: dict[str, Any], session: Any) -> Artifact:
@@ -258,17 +259,17 @@ def _behaviour(session: Any, validation: data.Split) -> dict[str, Any]:
 
 
 def _note(recipe: Recipe, before: int, after: int, converted: Any) -> str:
-    """Say so when the pruning removed nothing, or the dtype reached few of the weights or none."""
+    """Say so when the pruning removed nothing, or the dtype did not reach all weights."""
     notes = []
     if recipe.prune == "channel" and recipe.prune_ratio and after == before:
         notes.append("channel pruning removed nothing: too few channels outside the class outputs")
-    weights = list(measure.stored_weights(converted).values())
-    total = sum(w.size for w in weights)
-    reached = sum(w.size for w in weights if w.dtype != np.float32)
-    if recipe.dtype != "fp32" and 2 * reached < total:
-        name = f"{recipe.dtype} {recipe.quantization}" if recipe.dtype == "int8" else recipe.dtype
-        reach = f"reaches only {reached / total:.1%} of the weights" if reached else "does nothing"
-        notes.append(f"{name} {reach} here: it is for Linear weights, the convolutions stay fp32")
+    weights = measure.stored_weights(converted).values()
+    stayed = sum(w.size for w in weights if w.dtype == np.float32)
+    if recipe.dtype != "fp32" and stayed:
+        share = stayed / sum(w.size for w in weights)
+        notes.append(
+            f"{share:.1%} of the weights stay fp32: their values are too large or too small for {recipe.dtype}"
+        )
     return "; ".join(notes)
 
 

@@ -10,7 +10,7 @@ additions, with ranges that the clients measured.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlab_kit.compression.quantize import DTYPES, bfloat16, grid_codes, layer_dtypes, quantized
+from fedlab_kit.compression.quantize import DTYPES, bfloat16, grid_codes, quantized, weight_dtypes
 from fedlab_kit.deployment.export import clean
 from fedlab_kit.deployment.measure import WEIGHT_INPUTS, open_session
 
@@ -33,9 +33,11 @@ NARROW = 4  # with fewer input channels the runtime's int8 convolution takes 1.3
 STATIC_OPTIONS = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"], "QuantizeBias": False}
 CALIBRATION = 256  # samples that calibrate an artifact, all clients together
 _ROWS = 8  # samples run at once in calibration, always: another batch size could round a sum differently
-_INFERRED = ("onnx.infer", "onnxruntime.quant")  # tells onnxruntime's quantizers that shapes are there already
+# tells onnxruntime's quantizers that shapes are there already, and that there is nothing to say about it
+_INFERRED = {"onnx.infer": "onnxruntime.quant", "onnx.quant.pre_process": "onnxruntime.quant"}
 
 OPSETS = {"int4": 21, "int2": 25}  # of ONNX, from which on there are tensors of these codes
+_LINEAR = ("Gemm", "MatMul")
 _BIASES = {**dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), 2), **dict.fromkeys(("LSTM", "GRU", "RNN"), 3)}
 
 
@@ -51,7 +53,9 @@ def convert(graph: Any, dtype: str, ranges: Ranges | None = None, keep: str = "n
         return graph
     converted = on_grid(graph, dtype, keep)
     if dtype == "int8":
-        converted = _int8_dynamic(converted) if ranges is None else _sorted(_int8_static(_with_shapes(converted), ranges))
+        converted = (
+            _int8_dynamic(converted) if ranges is None else _sorted(_int8_static(_with_shapes(converted), ranges))
+        )
     store_codes(converted, dtype, keep)
     return clean(_shortened(converted, graph))
 
@@ -82,14 +86,14 @@ def float_weights(graph: Any) -> dict[str, Weight]:
     One with an infinite entry is none: it masks. Along `channels` lies the first axis that the tensor has in torch.
     """
     stored = {item.name: item for item in _floats(graph) if len(item.dims) > 1}
-    turned = {n.output[0]: (n.input[0], n.attribute[0].ints) for n in graph.graph.node if n.op_type == "Transpose"}
+    turned = {node.output[0]: node for node in graph.graph.node if node.op_type == "Transpose"}
     found: dict[str, Weight] = {}
     for node in graph.graph.node:
         for position in WEIGHT_INPUTS.get(node.op_type, ()):
-            name, order = turned.get(node.input[position], (node.input[position], None))
+            turn = turned.get(node.input[position])
+            name = turn.input[0] if turn else node.input[position]
             if name in stored and name not in found:
-                channels = _channels(node, len(stored[name].dims))
-                weight = Weight(stored[name], tuple(order[axis] for axis in channels) if order else channels)
+                weight = Weight(stored[name], _channels(node, turn, len(stored[name].dims)))
                 if weight.values.isfinite().all():
                     found[name] = weight
     return found
@@ -101,14 +105,21 @@ def _floats(graph: Any) -> list[Any]:
     return [item for item in graph.graph.initializer if item.data_type == TensorProto.FLOAT]
 
 
-def _channels(node: Any, axes: int) -> tuple[int, ...]:
-    """The axes of a node's weight that are not summed over, but for convolutions and tables, whose first counts."""
+def _channels(node: Any, turn: Any, axes: int) -> tuple[int, ...]:
+    """The axes of outputs of a node's weight, before it is turned; a transposed convolution's and a table's first."""
+    channels: tuple[int, ...] = (0,)
     if node.op_type in ("LSTM", "GRU", "RNN"):
-        return 0, 1  # directions and gates
-    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-    if node.op_type == "MatMul" or (node.op_type == "Gemm" and not transposed):
-        return (*range(axes - 2), axes - 1)
-    return (0,)
+        channels = (0, 1)  # directions and gates
+    elif node.op_type == "MatMul" or (node.op_type == "Gemm" and not _is_transposed(node)):
+        channels = (*range(axes - 2), axes - 1)
+    if turn is None:
+        return channels
+    order = turn.attribute[0].ints if turn.attribute else range(axes)[::-1]
+    return tuple(order[axis] for axis in channels)
+
+
+def _is_transposed(gemm: Any) -> bool:
+    return any(attribute.name == "transB" and attribute.i for attribute in gemm.attribute)
 
 
 def on_grid(graph: Any, dtype: str, keep: str = "none") -> Any:
@@ -120,7 +131,7 @@ def on_grid(graph: Any, dtype: str, keep: str = "none") -> Any:
     rounded = type(graph)()
     rounded.CopyFrom(graph)
     weights = float_weights(rounded)
-    for name, chosen in layer_dtypes(weights, dtype, keep).items():
+    for name, chosen in weight_dtypes(weights, dtype, keep).items():
         values = quantized(weights[name].values, chosen, weights[name].channels)
         if chosen != "fp16" or _half_is_enough(weights[name].values, values):
             weights[name].fill(values.numpy())
@@ -138,19 +149,25 @@ def _half_is_enough(values: Tensor, halves: Tensor) -> bool:
 def _biases(graph: Any, weights: dict[str, Weight]) -> list[Any]:
     """Return the float initializers that are added to what a layer makes of its weights."""
     products = {n.output[0] for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in weights}
-    names = {n.input[_BIASES[n.op_type]] for n in graph.graph.node if len(n.input) > _BIASES.get(n.op_type, len(n.input))}
+    names = {
+        n.input[_BIASES[n.op_type]] for n in graph.graph.node if len(n.input) > _BIASES.get(n.op_type, len(n.input))
+    }
     for node in graph.graph.node:
         if node.op_type == "Add" and products.intersection(node.input):
             names.update(node.input)
     return [item for item in _floats(graph) if item.name in names]
 
 
-def store_codes(graph: Any, dtype: str, keep: str = "none") -> None:
-    """Turn the float weights of a graph that is `on_grid` into codes, each decoded in front of its node, in place."""
+def store_codes(graph: Any, dtype: str, keep: str = "none", only: Container[str] | None = None) -> None:
+    """Turn the float weights of a graph that is `on_grid` into codes, each decoded in front of its node, in place.
+
+    With `only`, that is done to weights of these names.
+    """
     from onnx.helper import find_min_ir_version_for
 
-    weights, decoding = float_weights(graph), []
-    for name, chosen in layer_dtypes(weights, dtype, keep).items():
+    weights = {name: weight for name, weight in float_weights(graph).items() if only is None or name in only}
+    decoding: list[Any] = []
+    for name, chosen in weight_dtypes(weights, dtype, keep).items():
         decoding += _half(weights[name]) if chosen == "fp16" else _codes(graph, weights[name], chosen)
     nodes = [*decoding, *graph.graph.node]
     del graph.graph.node[:]
@@ -273,7 +290,7 @@ def _with_shapes(graph: Any) -> Any:
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(graph)
-    onnx.helper.set_model_props(inferred, dict([_INFERRED]))
+    onnx.helper.set_model_props(inferred, _INFERRED)
     return inferred
 
 
@@ -290,10 +307,14 @@ def _static_nodes(graph: Any) -> list[str]:
 
 
 def _int8_dynamic(graph: Any) -> Any:
+    """Let Linear layers compute in whole numbers; what other nodes need as well is stored once, as codes for all."""
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
-    onnx.helper.set_model_props(graph, dict([_INFERRED]))
+    store_codes(graph, "int8", only={name for n in graph.graph.node if n.op_type not in _LINEAR for name in n.input})
+    if not float_weights(graph):
+        return graph
+    onnx.helper.set_model_props(graph, _INFERRED)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dynamic.onnx"
         quantize_dynamic(graph, path, op_types_to_quantize=["MatMul"], per_channel=True)
@@ -307,7 +328,8 @@ def _int8_static(graph: Any, ranges: Ranges) -> Any:
     known = {name: (np.array(low), np.array(high)) for name, (low, high) in ranges.items()}
     options: dict[str, Any] = {"op_types_to_quantize": list(STATIC), "extra_options": dict(STATIC_OPTIONS)}
     limits = TensorsData(CalibrationMethod.MinMax, known)
-    return _int8(QDQQuantizer, graph, nodes_to_quantize=_static_nodes(graph), tensors_range=limits, **options)
+    nodes = _static_nodes(graph)
+    return _sorted(_int8(QDQQuantizer, graph, nodes_to_quantize=nodes, tensors_range=limits, **options))
 
 
 def _int8(quantizer: Any, graph: Any, **options: Any) -> Any:

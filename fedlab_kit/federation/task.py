@@ -237,7 +237,7 @@ def _task(experiment: Experiment, parents: Parents, makers: object, thread: int)
 
 def _dtypes(model: FlatModel, experiment: Experiment) -> dict[str, str]:
     """Return the dtype of each parameter that `qat` rounds, frozen ones too, by name."""
-    shapes = [(name, tuple(p.shape)) for name, p in model.module.named_parameters() if name not in model.norms]
+    shapes = {name: tuple(p.shape) for name, p in model.module.named_parameters() if name not in model.norms}
     return parameter_dtypes(shapes, experiment.qat, experiment.qat_keep)
 
 
