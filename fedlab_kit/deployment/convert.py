@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Container, Iterable, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +56,7 @@ def convert(graph: Any, dtype: str, ranges: Ranges | None = None, keep: str = "n
             _int8_dynamic(converted) if ranges is None else _sorted(_int8_static(_with_shapes(converted), ranges))
         )
     store_codes(converted, dtype, keep)
-    return clean(_shortened(converted, graph))
+    return clean(converted)
 
 
 class Weight(NamedTuple):
@@ -204,25 +203,6 @@ def _codes(graph: Any, weight: Weight, dtype: str) -> list[Any]:
     ]
 
 
-def _shortened(graph: Any, before: Any) -> Any:
-    """Number the values that a conversion has added and leave nodes without a name: names are bytes, too."""
-    known = {name for node in before.graph.node for name in (*node.input, *node.output)}
-    known.update(item.name for item in before.graph.initializer)
-    numbers = (short for short in map(str, count()) if short not in known)
-    names: dict[str, str] = {name: name for name in known}
-
-    def short(name: str) -> str:
-        return names[name] if name in names else names.setdefault(name, next(numbers))
-
-    for item in graph.graph.initializer:
-        item.name = short(item.name)
-    for node in graph.graph.node:
-        node.name = ""
-        node.input[:] = map(short, node.input)
-        node.output[:] = map(short, node.output)
-    return graph
-
-
 def client_ranges(graph: Any, samples: Tensor) -> Ranges:
     """What one client returns for calibration: the smallest and largest value of each activation on its raw samples.
 
@@ -307,18 +287,48 @@ def _static_nodes(graph: Any) -> list[str]:
 
 
 def _int8_dynamic(graph: Any) -> Any:
-    """Let Linear layers compute in whole numbers; what other nodes need as well is stored once, as codes for all."""
+    """Let Linear layers and LSTMs compute in whole numbers; what other nodes need as well is stored once for all."""
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
+    for node in graph.graph.node:
+        if node.op_type == "LSTM":
+            _quantize_lstm(graph, node)
     store_codes(graph, "int8", only={name for n in graph.graph.node if n.op_type not in _LINEAR for name in n.input})
     if not float_weights(graph):
         return graph
     onnx.helper.set_model_props(graph, _INFERRED)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dynamic.onnx"
-        quantize_dynamic(graph, path, op_types_to_quantize=["MatMul"], per_channel=True)
+        options = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # behind an LSTM on int8 shapes are unknown
+        quantize_dynamic(graph, path, op_types_to_quantize=["MatMul"], per_channel=True, extra_options=options)
         return onnx.load(path)
+
+
+def _quantize_lstm(graph: Any, node: Any) -> None:
+    """Put onnxruntime's LSTM on int8 in the place of a float one, its weights turned to [directions, inputs, gates].
+
+    onnxruntime's quantizer has one scale for each direction where training has one for each row of the weights.
+    """
+    from onnx import helper, numpy_helper
+
+    weights = [float_weights(graph).get(name) for name in node.input[1:3]]
+    if None in weights or any(attribute.name == "layout" and attribute.i for attribute in node.attribute):
+        return
+    node.input.extend([""] * (8 - len(node.input)))
+    for weight in weights:
+        codes, scale = grid_codes(weight.values, "int8", weight.channels)
+        weight.fill(codes.transpose(1, 2).contiguous().numpy())
+        name, scales = weight.initializer.name, scale.squeeze(2).numpy()
+        for suffix, values in (("scale", scales), ("zero", np.zeros(scales.shape, np.int8))):
+            node.input.append(f"{name}_{suffix}")
+            graph.graph.initializer.append(numpy_helper.from_array(values, f"{name}_{suffix}"))
+    node.op_type, node.domain = "DynamicQuantizeLSTM", "com.microsoft"
+    kept = [attribute for attribute in node.attribute if attribute.name != "layout"]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if not any(opset.domain == node.domain for opset in graph.opset_import):
+        graph.opset_import.append(helper.make_opsetid(node.domain, 1))
 
 
 def _int8_static(graph: Any, ranges: Ranges) -> Any:
