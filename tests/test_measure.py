@@ -99,19 +99,21 @@ def _graph(opset: int, ir: int) -> ModelProto:
     return helper.make_model(graph, opset_imports=imports, ir_version=ir)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int8 static", "int4"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int8 static", "int4", "int2"])
 def test_the_zeros_of_a_file_are_those_of_the_weights(dtype: str) -> None:
     exported = export(_linear(), Preprocess(0.0, 1.0), RAW)
     ranges = client_ranges(exported, RAW) if dtype == "int8 static" else None
     graph = convert(exported, dtype.split()[0], ranges)
     [stored] = measure.stored_weights(graph).values()
-    assert stored.size == 6  # int4 pads its blocks to 32; the padding does not count
+    assert stored.size == 6  # two codes of int4 share a byte, four of int2; what fills the last does not count
     assert measure.sparsity(graph) == 0.5
 
 
-def test_int4_codes_are_read_in_their_order() -> None:
-    model, codes = _linear(), torch.tensor([[-8.0, 5.0, 3.0], [1.0, -2.0, -8.0]])
+@pytest.mark.parametrize("lowest", [-8, -2])
+def test_packed_codes_are_read_in_their_order(lowest: int) -> None:
+    model, codes = _linear(), torch.tensor([[lowest, 1.0, 0.0], [1.0, -2.0, lowest]])
     with torch.no_grad():
         model[1].weight.copy_(codes / 4)
-    [stored] = measure.stored_weights(convert(export(model, Preprocess(0.0, 1.0), RAW), "int4")).values()
+    graph = convert(export(model, Preprocess(0.0, 1.0), RAW), f"int{2 if lowest == -2 else 4}")
+    [stored] = measure.stored_weights(graph).values()
     assert stored.tolist() == codes.tolist()

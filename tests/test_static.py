@@ -17,7 +17,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, create_ca
 from torch import Tensor, nn
 
 import fedlab_kit as fk
-from fedlab_kit.compression.quantize import int8_codes
+from fedlab_kit.compression.quantize import grid_codes
 from fedlab_kit.data import Preprocess
 from fedlab_kit.deployment import export, measure, static
 from fedlab_kit.deployment.artifact import slug
@@ -154,8 +154,8 @@ def test_weights_are_the_codes_of_the_grid(name: str, layers: int) -> None:
     assert len(codes) >= layers
     for name, found in codes.items():
         weight = torch.from_numpy(floats[name.removesuffix("_quantized")].copy())
-        ways = [int8_codes(weight).codes.numpy()]
-        ways += [int8_codes(weight.T).codes.numpy().T] if weight.ndim == 2 else []
+        ways = [grid_codes(weight, "int8").codes.numpy()]
+        ways += [grid_codes(weight.T, "int8").codes.numpy().T] if weight.ndim == 2 else []
         assert any(np.array_equal(found, way) for way in ways)
 
 
@@ -408,7 +408,7 @@ def test_no_bias_is_rounded_away_by_the_runtime() -> None:
         steps = bias / (static._scales(weight, bias, unit).astype(np.float64) * unit)
         assert np.abs(steps).max() < 2**31
         assert np.abs(steps[:2]).min() > 2**15
-    [plain] = int8_codes(torch.full((1, 5), 0.5)).scale.flatten().tolist()
+    [plain] = grid_codes(torch.full((1, 5), 0.5), "int8").scale.flatten().tolist()
     assert static._scales(weight, bias, 1e-2)[2] == np.float32(plain)
 
 

@@ -165,14 +165,17 @@ class Textbook:
         return self.e.temperature**2 * (q * (q.log() - p.log())).sum(1).mean()
 
     def on_grid(self, w):
-        """Each row of a matrix to whole multiples of its largest magnitude / 127; the gradient passes unchanged."""
+        """Each row of a matrix to whole multiples of a step, the gradient passes unchanged.
+
+        A step is the row's largest magnitude / 127, in bfloat16, as are biases.
+        """
         if self.e.qat == "off":
             return w
         vector_to_parameters(w, self.model.parameters())
         rounded = []
         for p in (p.detach() for p in self.model.parameters()):
-            step = p.abs().amax(-1, keepdim=True) / 127
-            rounded.append((p / step).round() * step if p.ndim == 2 else p)
+            step = (p.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
+            rounded.append((p / step).round() * step if p.ndim == 2 else p.bfloat16().float())
         return flat(rounded)
 
     # ---- what travels

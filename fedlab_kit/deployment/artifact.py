@@ -227,7 +227,8 @@ def check_card(card: dict[str, Any]) -> None:
 def slug(recipe: Recipe) -> str:
     """A recipe as a part of a file's name, e.g. "channel-0.5-int8-static"."""
     pruning = [recipe.prune, f"{recipe.prune_ratio}"] if recipe.prune_ratio else []
-    how = [recipe.quantization] if recipe.dtype == "int8" else []
+    low = recipe.dtype in ("int4", "int2")
+    how = [recipe.quantization] if recipe.dtype == "int8" else ["ends"] if low and recipe.keep == "ends" else []
     calibration = [recipe.calibration] if how == ["static"] and recipe.calibration != "minmax" else []
     return "-".join([*pruning, recipe.dtype, *how, *calibration])
 
@@ -246,7 +247,7 @@ def _converted(subject: Subject, recipe: Recipe, model: nn.Module) -> Any:
     graph = export(model, dataset.preprocess, dataset.validation.x[:SAMPLES])
     if (recipe.dtype, recipe.quantization) == ("int8", "static"):
         ranges = static.calibrate(graph, subject.calibration(), recipe.calibration)
-    return convert.convert(graph, recipe.dtype, ranges)
+    return convert.convert(graph, recipe.dtype, ranges, recipe.keep)
 
 
 def _place(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Path:
@@ -337,15 +338,13 @@ def _timed_here(artifact: Artifact, held: data.Split) -> Artifact:
 
 
 def _note(recipe: Recipe, converted: Any) -> str:
-    """Say so when the dtype reached few of the weights or none."""
-    weights = list(measure.stored_weights(converted).values())
-    total = sum(w.size for w in weights)
-    reached = sum(w.size for w in weights if w.dtype != np.float32)
-    if recipe.dtype != "fp32" and 2 * reached < total:
-        name = f"{recipe.dtype} {recipe.quantization}" if recipe.dtype == "int8" else recipe.dtype
-        reach = f"reaches only {reached / total:.1%} of the weights" if reached else "does nothing"
-        return f"{name} {reach} here: it is for Linear weights, the convolutions stay fp32"
-    return ""
+    """Say so when the dtype did not reach all weights."""
+    weights = measure.stored_weights(converted).values()
+    stayed = sum(w.size for w in weights if w.dtype == np.float32)
+    if recipe.dtype == "fp32" or not stayed:
+        return ""
+    share = stayed / sum(w.size for w in weights)
+    return f"{share:.1%} of the weights stay fp32: their values are too large or too small for {recipe.dtype}"
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

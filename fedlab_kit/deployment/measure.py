@@ -113,34 +113,39 @@ def latencies(sessions: Sequence[Any], x: Tensor | np.ndarray, seconds: float = 
     return timings([partial(session.run, None, {"x": raw}) for session in sessions], seconds, most=10 * seconds)
 
 
-def sparsity(graph: Any) -> float:
-    """Return the share of zeros among the weights of an onnx.ModelProto, float or quantized (code zero).
+# Where a node takes weights in; the rest of its inputs are activations, biases and settings.
+WEIGHT_INPUTS = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"), (1,)),
+    **dict.fromkeys(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"), (1, 2)),
+    "Gather": (0,),
+}
+_DECODING = ("Cast", "Mul", "DequantizeLinear", "Transpose")  # what stored weights pass through on their way to a node
 
-    Weights are what Conv, Gemm and MatMul nodes multiply activations by. Shared weights count once.
+
+def sparsity(graph: Any) -> float:
+    """Return the share of zeros among all weights of an onnx.ModelProto, float or quantized (code zero).
+
+    Shared weights count once.
     """
     weights = stored_weights(graph).values()
     return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.size for w in weights))
 
 
 def stored_weights(graph: Any) -> dict[str, np.ndarray]:
-    """Return the stored values or codes of each weight, by the name of its initializer."""
+    """Return the stored values or codes of each weight, by the name of its initializer, in the order of the nodes.
+
+    Weights are what layers multiply activations by or look up: matrices and kernels, recurrent ones and tables.
+    """
     from onnx import numpy_helper
 
     stored = {item.name: item for item in graph.graph.initializer}
-    # a quantized weight reaches its node through a DequantizeLinear, a half-precision one perhaps through a Cast
-    through = {n.output[0]: n.input[0] for n in graph.graph.node if n.op_type in ("DequantizeLinear", "Cast")}
+    through = {node.output[0]: node.input[0] for node in graph.graph.node if node.op_type in _DECODING}
     weights = {}
     for node in graph.graph.node:
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits"):
-            name = through.get(node.input[1], node.input[1])
-            if name in stored:
-                values = numpy_helper.to_array(stored[name])
-                weights[name] = unpack_int4(values, node) if node.op_type == "MatMulNBits" else values
+        for position in WEIGHT_INPUTS.get(node.op_type, ()):
+            name = node.input[position]
+            while name in through:
+                name = through[name]
+            if name in stored and len(stored[name].dims) > 1 and name not in weights:
+                weights[name] = numpy_helper.to_array(stored[name])
     return weights
-
-
-def unpack_int4(packed: np.ndarray, node: Any) -> np.ndarray:
-    """Return the codes -8..7 [N, K] of a MatMulNBits node from its bytes [N, blocks, block / 2], padding removed."""
-    inputs = next(attribute.i for attribute in node.attribute if attribute.name == "K")
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-    return codes[:, :inputs].astype(np.int8) - 8

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedlab_kit import catalog
 from fedlab_kit.compression.prune import prune
-from fedlab_kit.compression.quantize import quantized
+from fedlab_kit.compression.quantize import parameter_dtypes, quantized
 from fedlab_kit.data import Dataset, Split, at_hand, load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat import FlatModel
@@ -109,12 +109,17 @@ class Task:
         """Return `weights` [P] or [clients, P] rounded to the grid of `qat`; the same tensor when that is off."""
         if self.experiment.qat == "off":
             return weights
-        rounded, stacked = weights.clone(), weights.ndim == 2
-        for where, shape in zip(self.model.layout.slices, self.model.layout.shapes, strict=True):
-            if len(shape) >= 2:
+        rounded, channels = weights.clone(), tuple(range(weights.ndim))  # of each client by itself
+        layout = self.model.layout
+        for name, where, shape in zip(layout.names, layout.slices, layout.shapes, strict=True):
+            if dtype := self._dtypes.get(name):
                 tensor = weights[..., where].unflatten(-1, shape)
-                rounded[..., where] = quantized(tensor, self.experiment.qat, stacked).flatten(int(stacked))
+                rounded[..., where] = quantized(tensor, dtype, channels).flatten(weights.ndim - 1)
         return rounded
+
+    @cached_property
+    def _dtypes(self) -> dict[str, str]:
+        return _dtypes(self.model, self.experiment)
 
     def evaluate(self, weights: Tensor, split: Split, state: Tensor | None = None) -> Evaluation:
         """Count the hits of the model with `weights` [P] and `state` [S] on a split, stratum by stratum.
@@ -206,6 +211,8 @@ def _task(experiment: Experiment, parents: Parents, makers: object, thread: int)
             f"and its like keep of samples ({model.state_layout.names[0]}) would leave the client bare; use GroupNorm, "
             "or normalization 'own'"
         )
+    if experiment.qat != "off":
+        _round_frozen(model, experiment)
     shards = partition(dataset, experiment.partition, experiment.clients, experiment.alpha, experiment.seed)
     own = experiment.normalization == "own"
     if own and not (model.norms or model.state_layout.size):
@@ -226,6 +233,21 @@ def _task(experiment: Experiment, parents: Parents, makers: object, thread: int)
         soft=torch.zeros(len(dataset.train), len(dataset.classes), device=device) if experiment.teacher else None,
         owner=held_out(dataset, shards, experiment.partition, experiment.seed) if own else None,
     )
+
+
+def _dtypes(model: FlatModel, experiment: Experiment) -> dict[str, str]:
+    """Return the dtype of each parameter that `qat` rounds, frozen ones too, by name."""
+    shapes = {name: tuple(p.shape) for name, p in model.module.named_parameters() if name not in model.norms}
+    return parameter_dtypes(shapes, experiment.qat, experiment.qat_keep)
+
+
+@torch.no_grad()
+def _round_frozen(model: FlatModel, experiment: Experiment) -> None:
+    """Put frozen weights on the grid once: they are in no vector that could be rounded at each step."""
+    for name, dtype in _dtypes(model, experiment).items():
+        parameter = model.module.get_parameter(name)
+        if not parameter.requires_grad:
+            parameter.copy_(quantized(parameter, dtype))
 
 
 def _module(experiment: Experiment, parents: Parents, dataset: Dataset) -> nn.Module:
