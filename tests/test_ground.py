@@ -12,6 +12,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fedlab_kit as fk
 from fedlab_kit.federation import rounds as loop
+from fedlab_kit.federation.descent import plan
 from fedlab_kit.federation.messages import open_payload, seen
 from fedlab_kit.federation.server import start
 from fedlab_kit.federation.task import chance, task
@@ -140,18 +141,47 @@ def module_of(job, name, weights, state):
     return net.eval()
 
 
+def listening(answers):
+    """An exchange that also opens what the clients of round one send."""
+
+    def exchange(job, round, broadcasts, kept, stop):
+        got = loop.in_process(job, round, broadcasts, kept, stop)
+        answers.update({c: open_payload(job, round, payload, None) for c, payload in got.payloads.items()})
+        return got
+
+    return exchange
+
+
+@pytest.mark.parametrize("size", [7, 19])
+@pytest.mark.parametrize("model", ["normed", "cumulative"])
+def test_a_batch_of_one_sample_is_normalized_by_what_was_seen_before(model, size):
+    """Batch by batch in torch: a last batch of one has no variance, so BatchNorm is in evaluation mode for it."""
+    experiment = SMALL.replace(model=model, partition="iid", rounds=1, clients_per_round=6, batch_size=size, clients=6)
+    job, answers, alone = task(experiment), {}, 0
+    played(experiment, listening(answers))
+    for client, answer in answers.items():
+        net = module_of(job, model, job.initial, job.initial_state).train()
+        for batch in plan(job, 1, client):
+            index = torch.from_numpy(batch[batch >= 0])
+            net[1].train(len(index) > 1)
+            alone += len(index) == 1
+            net.zero_grad()
+            nn.functional.cross_entropy(net(job.inputs(index)), job.y[index]).backward()
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter -= experiment.lr * parameter.grad
+        torch.testing.assert_close(job.initial + answer.update, parameters_to_vector(net.parameters()).detach())
+        buffers = torch.cat([buffer.double().reshape(-1) for buffer in net.buffers()])
+        torch.testing.assert_close(answer.state, buffers, rtol=1e-5, atol=1e-6)
+    assert len(answers) == 6 and alone == (6 if size == 19 else 0)
+
+
 @pytest.mark.parametrize("model", ["normed", "cumulative"])
 def test_the_members_of_an_ensemble_answer_with_statistics_of_their_own(model):
     """FedDF by hand: what the average learns is said by each client's weights together with that client's buffers."""
     experiment = SMALL.replace(model=model, strategy="feddf", rounds=1, temperature=2.0, server_epochs=2, lr=0.3)
     job, answers = task(experiment), {}
-
-    def watch(job, round, broadcasts, kept, stop):
-        got = loop.in_process(job, round, broadcasts, kept, stop)
-        answers.update({c: open_payload(job, round, payload, None) for c, payload in got.payloads.items()})
-        return got
-
-    state, _ = played(experiment, watch)[0]
+    state, _ = played(experiment, listening(answers))[0]
     x, n = job.dataset.preprocess(job.dataset.public.x), sum(a.samples for a in answers.values())
     with torch.no_grad():
         members = [module_of(job, model, job.initial + a.update, a.state)(x) for a in answers.values()]
@@ -167,19 +197,30 @@ def test_the_members_of_an_ensemble_answer_with_statistics_of_their_own(model):
     torch.testing.assert_close(state.weights, parameters_to_vector(average.parameters()).detach(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", [h for h in HOW if h.get("strategy") != "median"])
-def test_what_was_refused_did_not_happen(how):
+NEWS = [  # what a client is told once, and not again when it has answered
+    {"teacher": SMALL.replace(seed=3, rounds=1)},
+    {"start": SMALL.replace(rounds=1), "start_recipe": fk.Recipe(prune_ratio=0.5)},
+    {"mask_ratio": 0.6, "mask_schedule": "one-shot", "rounds": 3},
+]
+
+
+@pytest.mark.parametrize("when", [1, 2])
+@pytest.mark.parametrize("how", [h for h in HOW + NEWS if h.get("strategy") != "median"])
+def test_what_was_refused_did_not_happen(how, when):
     """A damaged payload leaves server and client as if that client had dropped out."""
     experiment = SMALL.replace(clients=4, clients_per_round=4, **how)
 
     def absent(job, round, broadcasts, kept, stop):
-        asked = {c: b for c, b in broadcasts.items() if (round, c) != (2, 1)}
+        asked = {c: b for c, b in broadcasts.items() if (round, c) != (when, 1)}
         return loop.in_process(job, round, asked, kept, stop)
 
     there, here = {}, {}
-    damaged = played(experiment, forged(lambda r, c, p: p[:-3] if (r, c) == (2, 1) else p), there)
+    damaged = played(experiment, forged(lambda r, c, p: p[:-3] if (r, c) == (when, 1) else p), there)
     missing = played(experiment, absent, here)
-    assert damaged[1][1].refused[0][0] == 1 and 1 not in damaged[1][1].answered
+    assert [record.refused[0][0] for _, record in damaged if record.refused] == [1]
+    assert 1 not in damaged[when - 1][1].answered
+    sent = [[record.downlink_bytes for _, record in states] for states in (damaged, missing)]
+    assert sent[0] == sent[1] if when == 1 else sum(sent[0]) >= sum(sent[1])  # what it may not have is told again
     assert torch.equal(damaged[-1][0].weights, missing[-1][0].weights)
     assert {c: set(m) for c, m in there.items()} == {c: set(m) for c, m in here.items()}
     assert all(torch.equal(there[c][name], here[c][name]) for c in there for name in there[c])
