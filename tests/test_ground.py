@@ -5,6 +5,7 @@ import shutil
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import fedlab_kit as fk
 from fedlab_kit.federation import rounds as loop
 from fedlab_kit.federation.descent import plan
-from fedlab_kit.federation.messages import open_payload, seen
+from fedlab_kit.federation.messages import open_payload, pack_payload, seen
 from fedlab_kit.federation.server import start
 from fedlab_kit.federation.task import chance, task
 from fedlab_kit.models import build
@@ -152,6 +153,33 @@ def listening(answers):
     return exchange
 
 
+@pytest.mark.parametrize("clients", [3, 4])
+def test_the_state_of_a_median_is_the_median_of_the_states(clients):
+    experiment = SMALL.replace(model="normed", strategy="median", rounds=1, clients_per_round=clients)
+    answers = {}
+    state, _ = played(experiment, listening(answers))[0]
+    middle = np.median(torch.stack([answer.state for answer in answers.values()]).numpy(), axis=0)
+    np.testing.assert_allclose(state.state[:-1].numpy(), middle[:-1], rtol=1e-6, atol=1e-6)
+    assert state.state[-1] == np.rint(middle[-1]) and len(answers) == clients
+
+
+@pytest.mark.parametrize("place", range(8, 16))
+def test_a_running_variance_below_zero_is_refused(place):
+    """It would make every later answer NaN; a mean may be below zero, and is in the honest state."""
+    experiment = SMALL.replace(model="normed", rounds=2)
+    job = task(experiment)
+
+    def bent(round, client, payload):
+        answer = open_payload(job, round, payload, None)
+        assert bool((answer.state[:8] < 0).any())
+        answer.state[place] = -1e-6
+        return pack_payload(job, round, client, answer, None, {})[0] if round == 1 else payload
+
+    (state, record), (_, after) = played(experiment, forged(bent))
+    assert {why for _, why in record.refused} == {"a running variance below zero"} and not record.answered
+    assert torch.equal(state.state, job.initial_state) and not after.refused
+
+
 @pytest.mark.parametrize("size", [7, 19])
 @pytest.mark.parametrize("model", ["normed", "cumulative"])
 def test_a_batch_of_one_sample_is_normalized_by_what_was_seen_before(model, size):
@@ -251,22 +279,36 @@ def test_nobody_owns_the_average_by_claiming_samples():
     assert torch.equal(states[0][0].weights, task(SMALL).initial)
 
 
+def times(payload, factor):
+    """The same payload, of one fp32 frame, with every number larger."""
+    body = np.frombuffer(payload[HEADER.size :], np.float32) * np.float32(factor)
+    number, flags, samples, length, _ = HEADER.unpack_from(payload)
+    return claiming(HEADER.pack(number, flags, samples, length, 0) + body.tobytes(), samples)
+
+
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "scaffold"])
 def test_an_absurd_update_is_refused_by_name_and_the_run_goes_on(strategy):
-    import numpy as np
-
     def huge(round, client, payload):
-        if (round, client) != (1, victim):
-            return payload
-        body = np.frombuffer(payload[HEADER.size :], np.float32) * np.float32(1e6)
-        number, flags, samples, length, _ = HEADER.unpack_from(payload)
-        return claiming(HEADER.pack(number, flags, samples, length, 0) + body.tobytes(), samples)
+        return times(payload, 1e6) if (round, client) == (1, victim) else payload
 
     experiment = SMALL.replace(strategy=strategy if strategy != "scaffold" else "fedavgm")
     victim = played(experiment.replace(rounds=1))[0][1].cohort[0]
     records = [record for _, record in played(experiment, forged(huge))]
     assert records[0].refused[0][0] == victim and "times as long as the median" in records[0].refused[0][1]
     assert len(records) == experiment.rounds and not records[-1].diverged
+
+
+def test_under_client_level_privacy_an_absurd_update_is_clipped_and_heard():
+    """Whether one is absurd hangs on the others, so refusing it would tell of them: it moves the sum by the clip."""
+    experiment = SMALL.replace(
+        clients_per_round=5, privacy="client", clip_norm=0.01, noise_multiplier=0.0, rounds=1, local_epochs=3
+    )
+    honest, record = played(experiment)[0]
+    assert len(record.answered) >= 3
+    for victim in record.answered:
+        state, heard = played(experiment, forged(lambda r, c, p, v=victim: times(p, 1e6) if c == v else p))[0]
+        assert not heard.refused and heard.answered == record.answered
+        torch.testing.assert_close(state.weights, honest.weights, rtol=0, atol=1e-6)
 
 
 def test_unlike_clients_are_not_called_liars():
@@ -342,6 +384,21 @@ def test_own_normalization_never_leaves_a_client():
         fk.compress(run, fk.Recipe())
     with pytest.raises(ValueError, match="normalization must be shared for model 'mlp'"):
         fk.train(SMALL.replace(normalization="own"))
+
+
+@pytest.mark.parametrize("how", [h for h in HOW if "mask_ratio" not in h])
+def test_own_normalization_goes_with_every_strategy_and_codec(how):
+    """What is not shared stays as it began in the global model, and no frame has room for it."""
+    experiment = SMALL.replace(model="normed", normalization="own", **how)
+    states = played(experiment)
+    job, linear = states[0][0].job, 6 * 8 + 8 + 8 * 3 + 3
+    assert int(job.shared.sum()) == linear
+    for state, record in states:
+        assert not record.refused and record.loss is not None
+        assert torch.equal(state.weights[~job.shared], job.initial[~job.shared])
+        assert not torch.equal(state.weights[job.shared], job.initial[job.shared])
+        if "uplink" not in how:
+            assert set(record.uplinks) == {(14 + 4 * linear) * (2 if how.get("strategy") == "scaffold" else 1)}
 
 
 def test_statistics_of_samples_do_not_leave_under_privacy():
