@@ -218,6 +218,12 @@ def test_the_deadline_is_about_the_bytes_of_each_way(codecs: dict[str, object]) 
 def test_a_narrow_slice_takes_less_time() -> None:
     whole, sliced = task(SITES.replace(devices="unequal")), task(SLICED)
     assert seconds(sliced, 1, 2, 0, 0) < 0.15 * seconds(whole, 1, 2, 0, 0)
+    all_of_it = 6 * 128 + 128 + 128 * 64 + 64 + 64 * 3 + 3
+    for client, (first, second) in enumerate(((128, 64), (64, 32), (32, 16))):  # work as the share of weights held
+        held = 6 * first + first + first * second + second + second * 3 + 3
+        idle = 2 * (0.005, 0.025, 0.02)[client]
+        busy = by_hand(client, 0, 0) - idle
+        assert seconds(sliced, 1, client, 0, 0) - idle == pytest.approx(busy * held / all_of_it)
 
 
 @pytest.mark.usefixtures("small")

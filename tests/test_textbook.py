@@ -249,7 +249,7 @@ class Textbook:
             held = weight > 0
             delta = sum(n[client] * update for client, update in updates.items()) / weight.clamp(min=1)
         clients = [self.w + update for update in updates.values()]
-        self.w = self.w + self.step(delta) * held
+        self.w = (self.w + self.step(delta) * held) * self.mask  # noise falls on what is cut, too
         if e.strategy == "scaffold":
             self.control = self.control + sum(self.kept["change", client] for client in updates) / e.clients
         if e.strategy == "feddf":
@@ -451,6 +451,16 @@ def test_every_technique(technique, model):
 @pytest.mark.parametrize("technique", ["topk", "int8", "a gradual mask", "a dynamic mask", "a teacher at 2"])
 def test_techniques_with_drop_outs(technique):
     agree(BASE.replace(dropout=0.4, rounds=6, **TECHNIQUES[technique]))
+
+
+@pytest.mark.parametrize("more", [{}, {"strategy": "fedavgm"}, {"mask_ratio": 0.6, "strategy": "fedavgm"}])
+def test_noise_and_masks_come_in_time_though_nobody_does(more):
+    """Client-level privacy: that nobody came must not show, so noise is added and the mask falls due all the same."""
+    run = agree(BASE.replace(privacy="client", clip_norm=0.05, noise_multiplier=0.3, clients_per_round=1, rounds=9,
+                             dropout=0.7, **more))  # fmt: skip
+    nobody = [record for record in run.records[:6] if not record.answered]
+    assert nobody and {record.note for record in nobody} == {"nobody answered: the model was given noise alone"}
+    assert len({record.loss for record in run.records}) == 9
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])

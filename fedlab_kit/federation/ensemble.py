@@ -34,7 +34,8 @@ def distil_ensemble(
             logits = model.module(inputs[index])
             slope = distillation_slope(logits.detach(), target[index], unlabelled[index], experiment.temperature, 1.0)
             logits.backward(slope.div_(len(index)))
-            weights.sub_(model.gradient, alpha=experiment.lr)
+            gradient = model.gradient if job.shared is None else model.gradient * job.shared.to(weights.device)
+            weights.sub_(gradient, alpha=experiment.lr)
             if mask is not None:
                 weights.mul_(mask)
     return weights

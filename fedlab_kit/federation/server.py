@@ -183,7 +183,8 @@ def _record(
 def _note(experiment: Experiment, finite: bool, anybody: bool) -> str:
     if not finite:
         return f"diverged: the numbers are no longer finite; try a learning rate below {experiment.lr:g}"
-    return "" if anybody else "nobody answered: the model stays as it was"
+    left = "the model was given noise alone" if experiment.privacy == "client" else "the model stays as it was"
+    return "" if anybody else f"nobody answered: {left}"
 
 
 def _receive(job: Task, state: ServerState, payloads: Mapping[int, bytes]) -> tuple[dict[int, Answer], dict[int, str]]:
