@@ -204,6 +204,16 @@ def test_what_has_no_finite_range_stays_float() -> None:
         assert off(static.quantize(graph, static.calibrate(graph, [x], method)), graph, x[4:]) < 0.15
 
 
+def test_a_product_with_factors_keeps_them() -> None:
+    model, x = nn.Linear(10, 3), torch.randn(40, 10, generator=torch.Generator().manual_seed(1))
+    nn.init.constant_(model.bias, 3.0)
+    graph = export.export(model.eval(), Preprocess(0.5, 2.0), x[:8])
+    [gemm] = [node for node in graph.graph.node if node.op_type == "Gemm"]
+    [beta] = [item for item in gemm.attribute if item.name == "beta"]
+    beta.f = 0.5
+    assert off(static.quantize(graph, static.calibrate(graph, [x])), graph, x) < 0.15
+
+
 def test_a_model_without_a_layer_to_quantize_stays_as_it_is() -> None:
     graph = exported(nn.Sequential(nn.Conv2d(1, 4, 12), nn.Flatten()), raw(8))
     assert static.calibrate(graph, [raw(8)]) == {}
