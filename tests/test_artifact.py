@@ -134,7 +134,7 @@ def test_recipes_do_to_the_file_what_they_say(run: fk.Run, tmp_path: Path) -> No
     assert channel.flops < 0.4 * plain.flops
     assert 0.5 < half.bytes / plain.bytes < 0.53
     assert two.bytes < four.bytes < 0.6 * min(static.bytes, dynamic.bytes)
-    assert max(static.bytes, dynamic.bytes) < 0.56 * half.bytes
+    assert max(static.bytes, dynamic.bytes) < 0.6 * half.bytes
     assert both.bytes < static.bytes
     assert not any(artifact.note for artifact in (plain, weight, channel, half, dynamic, static, four, two, both))
 
@@ -214,43 +214,12 @@ def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
             assert np.array_equal(stored.astype(int), codes.T if turned else codes)
 
 
-def test_merged_client_ranges_give_the_file_of_pooled_calibration(run: fk.Run, tmp_path: Path) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-
-    class Pooled(CalibrationDataReader):
-        def __init__(self, x: Tensor) -> None:
-            self.batches = iter([{"x": part.numpy()} for part in x.split(8)])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.batches, None)
-
-    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
-    clients = [run.dataset.train.x[:5], run.dataset.train.x[5:6], run.dataset.train.x[6:48]]
-    merged = convert.merge_ranges([convert.client_ranges(graph, samples) for samples in clients])
-    ours = convert.convert(graph, "int8", merged).SerializeToString(deterministic=True)
-    pooled = tmp_path / "pooled.onnx"
-    quantize_static(
-        convert.on_grid(graph, "int8"),
-        pooled,
-        Pooled(run.dataset.train.x[:48]),
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=list(convert.STATIC),
-        nodes_to_exclude=["Conv_3"],
-        extra_options=dict(convert.STATIC_OPTIONS),
-    )
-    theirs = onnx.load(pooled)
-    convert.store_codes(theirs, "int8")  # of the first convolution, which stays float
-    assert ours == export.clean(theirs).SerializeToString(deterministic=True)
-
-
 def test_weights_that_a_dtype_cannot_hold_are_named(run: fk.Run, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(1, 30, 28), nn.Flatten(), nn.Linear(30, 10))
     with torch.no_grad():
         model[2].weight[0] = 1e6  # 300 of 23,820 weights are in a matrix that half precision cannot hold
     half = compress(stand_in(run, model), fk.Recipe(dtype="fp16"), tmp_path)
-    assert "1.3% of the weights stay fp32: they are too large or too small for fp16" in half.note
+    assert "1.3% of the weights stay fp32: their values are too large or too small for fp16" in half.note
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["measured"]["note"] == half.note
     for recipe in (fk.Recipe(dtype="int4"), fk.Recipe(dtype="int2"), fk.Recipe(dtype="int8", quantization="dynamic")):
         assert not compress(stand_in(run, model), recipe, tmp_path).note
@@ -336,7 +305,7 @@ def test_quantizers_leave_logging_as_it_was(run: fk.Run, tmp_path: Path) -> None
         "import logging, torch, fedlab_kit as fk; from fedlab_kit.deployment.convert import convert\n"
         "from fedlab_kit.deployment.export import export; from fedlab_kit.models import build\n"
         "graph = export(build('mlp', (4,), 2, 0).eval(), fk.Preprocess(0.0, 1.0), torch.zeros(2, 4))\n"
-        "[convert(graph, dtype, None) for dtype in ('int8', 'int4')]; "
+        "[convert(graph, dtype) for dtype in ('int8', 'int4')]\n"
         "print(logging.getLogger().level, logging.getLogger().handlers)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -8,8 +8,10 @@ measures the activations of Linear layers as it runs; static int8 is in `deploym
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +44,22 @@ def convert(graph: Any, dtype: str, ranges: Ranges | None = None, keep: str = "n
         return clean(graph)
     converted = on_grid(graph, dtype, keep)
     if dtype == "int8":
-        converted = _int8_dynamic(converted) if ranges is None else quantize(converted, ranges)
+        with _logging_as_it_was():
+            converted = _int8_dynamic(converted) if ranges is None else quantize(converted, ranges)
     store_codes(converted, dtype, keep)
     return clean(converted)
+
+
+@contextmanager
+def _logging_as_it_was() -> Iterator[None]:
+    """Undo what onnxruntime's quantizers do to everybody's logging: they set up the whole process's for themselves."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 class Weight(NamedTuple):
