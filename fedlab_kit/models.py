@@ -69,11 +69,16 @@ def _check_output(name: str, built: nn.Module, shape: tuple[int, ...], classes: 
     built.eval()
     try:
         with torch.no_grad():
-            found = list(built(torch.zeros(2, *shape)).shape)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"model {name!r} does not take samples of shape {list(shape)}: {error}") from error
-    if found != [2, classes]:
-        raise ValueError(f"model {name!r} must map [2, {', '.join(map(str, shape))}] to [2, {classes}], got {found}")
+            found = built(torch.zeros(2, *shape))
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"model {name!r} does not take samples of shape {list(shape)}: {why}") from error
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"model {name!r} must return the logits alone, a tensor [n, {classes}], got {type(found).__name__}"
+        )
+    if (given := list(found.shape)) != [2, classes]:
+        raise ValueError(f"model {name!r} must map [2, {', '.join(map(str, shape))}] to [2, {classes}], got {given}")
     built.train()
 
 

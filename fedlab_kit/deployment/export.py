@@ -88,7 +88,7 @@ class Trace(TorchFunctionMode):
                 self.sizes.append(tuple(value.shape))
                 self._known.setdefault(id(value), (result, value))  # kept alive, or another could get its id
             elif id(value) not in self._known:
-                values = value.detach().cpu().contiguous().numpy().tobytes()
+                values = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
                 self._known[id(value)] = f"{tuple(value.shape)} {sha256(values).hexdigest()}", value
             return self._known[id(value)][0], value.dtype
         if isinstance(value, tuple | list):
@@ -121,8 +121,8 @@ def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
         graph = _fill(skeleton, tensors)
         if _agreement(graph, probes, expected) < AGREE:
             raise ValueError(f"model {type(model).__name__} cannot be exported: its ONNX graph gives other outputs")
-        for key in keys:
-            _skeletons.setdefault(key, skeleton)
+        _skeletons[keys[0]] = skeleton
+        _skeletons.setdefault(keys[1], skeleton)
         while len(_skeletons) > KEPT:
             del _skeletons[next(iter(_skeletons))]
     return graph
