@@ -29,7 +29,6 @@ from fedlab_kit.store import when_and_where
 
 LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
 LARGE, QUICK = 4_000_000, 3  # bytes above which level 18 takes seconds, and the level there: a quarter second for 44 MB
-SAMPLES = 8  # on which torch and the exported graph must agree
 _PACKAGES = ("torch", "torch-pruning", "onnx", "onnxruntime", "zstandard")  # besides the code, they decide a file
 _SOURCES = {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}  # while it is what is loaded
 
@@ -244,7 +243,7 @@ def squeeze(content: bytes) -> tuple[bytes, int]:
 def _converted(subject: Subject, recipe: Recipe, model: nn.Module) -> Any:
     """Export a pruned model and convert it, for static int8 with the ranges that the clients measured."""
     dataset, ranges = subject.dataset, None
-    graph = export(model, dataset.preprocess, dataset.validation.x[:SAMPLES])
+    graph = export(model, dataset.preprocess, dataset.validation.x)
     if (recipe.dtype, recipe.quantization) == ("int8", "static"):
         ranges = static.calibrate(graph, subject.calibration(), recipe.calibration)
     return convert.convert(graph, recipe.dtype, ranges, recipe.keep)

@@ -36,6 +36,7 @@ AGREE = 0.9  # of them, for a graph made of this very model: where a model round
 _LAYERS = ("conv", "conv_transpose", "gemm")  # into which a BatchNorm behind them is folded
 _skeletons: dict[tuple[Any, ...], Any] = {}
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_WINDOWS = dict.fromkeys(("Conv", "ConvTranspose", "MaxPool", "AveragePool"), ("strides", "dilations", "pads"))
 _PLAIN = (
     type(None), bool, int, float, complex, str, slice, type(...),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -87,7 +88,7 @@ class Trace(TorchFunctionMode):
                 self.sizes.append(tuple(value.shape))
                 self._known.setdefault(id(value), (result, value))  # kept alive, or another could get its id
             elif id(value) not in self._known:
-                values = value.detach().cpu().contiguous().numpy().tobytes()
+                values = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
                 self._known[id(value)] = f"{tuple(value.shape)} {sha256(values).hexdigest()}", value
             return self._known[id(value)][0], value.dtype
         if isinstance(value, tuple | list):
@@ -120,8 +121,8 @@ def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
         graph = _fill(skeleton, tensors)
         if _agreement(graph, probes, expected) < AGREE:
             raise ValueError(f"model {type(model).__name__} cannot be exported: its ONNX graph gives other outputs")
-        for key in keys:
-            _skeletons.setdefault(key, skeleton)
+        _skeletons[keys[0]] = skeleton
+        _skeletons.setdefault(keys[1], skeleton)
         while len(_skeletons) > KEPT:
             del _skeletons[next(iter(_skeletons))]
     return graph
@@ -130,12 +131,27 @@ def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
 def clean(graph: Any) -> Any:
     """Return a graph without what differs between machines or serves nobody at run time, under the shortest names.
 
-    Producer, paths, notes, names of nodes and value shapes go, and unused nodes; nodes are sorted. All tensors are
-    stored as raw bytes, so that the file's size does not depend on their values.
+    Producer, paths, notes, names of nodes, value shapes and attributes that say what holds anyway go, and unused
+    nodes; nodes are sorted. All tensors are stored as raw bytes, so that the size does not depend on their values.
     """
     import onnx_ir
 
-    return _finish(onnx_ir.from_proto(graph), short=True)
+    cleaned = _finish(onnx_ir.from_proto(graph), short=True)
+    version = {one.domain: one.version for one in cleaned.opset_import}
+    for node in (node for node in cleaned.graph.node if not node.domain):
+        said = [attribute for attribute in node.attribute if not _by_default(node.op_type, version[""], attribute)]
+        del node.attribute[:]
+        node.attribute.extend(said)
+    return cleaned
+
+
+def _by_default(kind: str, version: int, attribute: Any) -> bool:
+    """Whether a node of ONNX's own operators, of that version, does the same without an attribute."""
+    from onnx import defs
+
+    if kind in _WINDOWS and attribute.name in _WINDOWS[kind]:
+        return set(attribute.ints) <= {0 if attribute.name == "pads" else 1}
+    return bool(attribute == defs.get_schema(kind, version).attributes[attribute.name].default_value)
 
 
 def _keys(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -238,7 +254,9 @@ def _finish(model: Any, short: bool = False) -> Any:
         value.const_value = onnx_ir.Tensor(value.const_value.numpy(), dtype=value.const_value.dtype)
     _rename(model.graph, short)
     proto = onnx_ir.to_proto(model)
-    del proto.graph.value_info[:]
+    del proto.graph.value_info[:], proto.metadata_props[:]
+    for value in (*proto.graph.input, *proto.graph.output):
+        del value.metadata_props[:]
     return proto
 
 
