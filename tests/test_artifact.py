@@ -107,6 +107,16 @@ def test_a_large_file_is_packed_at_the_quick_level_and_says_so(
     assert large.zstd_bytes == len(packed) > small.zstd_bytes
 
 
+@pytest.mark.parametrize("count", [1000, 200_000])
+def test_a_packed_file_is_as_small_as_the_best_level_makes_it(count: int) -> None:
+    weights = np.random.default_rng(0).standard_normal(count).astype(np.float32)
+    content = np.where(np.abs(weights) < 0.8, np.float32(0), weights).tobytes()
+    packed, level = artifact_module.squeeze(content)
+    best = zstandard.ZstdCompressor(level=18).compress(content)
+    assert zstandard.decompress(packed) == content and level == 18
+    assert len(packed) <= 1.003 * len(best) if count > 1000 else packed == best
+
+
 def test_figures_of_speed_are_those_that_were_timed(
     run: fk.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
