@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 
-from benchmarks import compress, drift, harness, hospitals, rounds, scale, wire
+from benchmarks import architectures, compress, drift, harness, hospitals, rounds, scale, wire
 
 BENCHMARKS = {
     "speed": rounds.speed,
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "answer": compress.answer,
     "latency": compress.latency,
     "small": compress.small,
+    "architectures": architectures.architectures,
     "masks": compress.masks,
     "qat": compress.qat,
     "wire": wire.bytes_to_target,

@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fedlab_kit.deployment import score as score  # first of all: it silences onnxruntime before any import of that
+
+# isort: split
 from fedlab_kit import hospitals as hospitals  # registers its data sets
 from fedlab_kit.catalog import dataset, model
 from fedlab_kit.data import Dataset, Preprocess, Split

@@ -165,14 +165,15 @@ _TOLD: dict[tuple[str, str], tuple[Callable[..., Any] | None, str, int]] = {}
 class _Code(NamedTuple):
     """What a code object does, as a digest, and what it reads, nested code included.
 
-    `bare` are the globals that are used other than by an attribute, `imports` (name, level) those inside functions.
+    `bare` are the names of all kinds whose value is used other than by an attribute. `imports` (name, level, alias) are
+    those inside functions; `alias` is what a module itself is called there, "" where only things of it are.
     """
 
     digest: str
     globals: frozenset[str]
     attributes: frozenset[str]
     bare: frozenset[str]
-    imports: frozenset[tuple[str, int]]
+    imports: frozenset[tuple[str, int, str]]
 
 
 _HIDES = {"eval", "exec", "globals", "compile", "__import__", "import_module"}
@@ -192,7 +193,8 @@ def _read(code: types.CodeType) -> _Code:
     walk = _Walk([code.co_name], {})
     walk.put(code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & 0x3FF)
     walk.put(*code.co_varnames, "|", *code.co_freevars, "|", *code.co_cellvars, "|", code.co_exceptiontable)
-    names, attributes, bare, imports = set[str](), set[str](), set[str](), set[tuple[str, int]]()
+    names, attributes, bare, imports = set[str](), set[str](), set[str](), set[tuple[str, int, str]]()
+    aliases: dict[str, str] = {}
     steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
     place = {step.offset: number for number, step in enumerate(steps)}
     for number, step in enumerate(steps):
@@ -214,16 +216,26 @@ def _read(code: types.CodeType) -> _Code:
             walk.put(step.argval)
         else:
             walk.put(step.arg)
+        by_name = "LOAD_" in step.opname and step.opname != "LOAD_CLOSURE" and step.opcode not in dis.hasconst
+        if by_name and not after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+            bare.update(_named(step))
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
             names.add(step.argval)
-            if not after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
-                bare.add(step.argval)
         elif step.opname == "IMPORT_NAME":
-            level = steps[number - 2].argval
-            imports.add((step.argval, level if isinstance(level, int) else 0))
+            level, things = (before.argval for before in steps[number - 2 : number])
+            alias = "" if things else next(_named(s)[0] for s in steps[number:] if s.opname.startswith("STORE_"))
+            imports.add((step.argval, level if isinstance(level, int) else 0, alias))
         elif step.opcode in dis.hasname:
             attributes.add(step.argval)
+            if step.opname == "IMPORT_FROM":
+                aliases[_named(after)[0]] = step.argval
+    bare |= {aliases[name] for name in bare & aliases.keys()}
     return _Code(walk.sha.hexdigest(), *map(frozenset, (names, attributes, bare, imports)))  # type: ignore[arg-type]
+
+
+def _named(step: dis.Instruction) -> tuple[Any, ...]:
+    """Return the names that an instruction is about: one, or two of locals."""
+    return step.argval if type(step.argval) is tuple else (step.argval,)
 
 
 class _Walk:
@@ -303,25 +315,25 @@ class _Walk:
             return True
         return False
 
-    def module(self, thing: types.ModuleType, names: frozenset[str] | None = None) -> None:
-        """Feed a module: what is installed by name and version, a user's own by what is used of it (None: all)."""
-        table = vars(thing)
+    def module(self, thing: types.ModuleType, used: _Code | None = None) -> None:
+        """Feed a module: what is installed by name and version, a user's own by what code uses of it (None: all)."""
+        table, names = vars(thing), None if used is None else used.attributes
         if origin := origin_of(thing.__name__):
             self.put("module", origin, thing.__name__)
             own = [name for name in names or () if type(table.get(name)) is types.FunctionType]
             own = [name for name in own if not origin_of(home_of(table[name]))]  # put there by a user
         else:
             own = [name for name in (table if names is None else names) if name in table and name not in _MODULE_FACTS]
-        if own and not self.again((id(thing), names), thing):
+        if own and not self.again((id(thing), used), thing):
             for name in sorted(own):
                 self.put(name)
-                self.part(table[name], names, f"{thing.__name__}.{name}")
+                self.part(table[name], name, used, f"{thing.__name__}.{name}")
 
-    def part(self, value: Any, names: frozenset[str] | None, step: str) -> None:
-        """Feed a value that code reads by name; of a module only the attributes that the code names."""
+    def part(self, value: Any, name: str, used: _Code | None, step: str) -> None:
+        """Feed a value that code reads by name; of a module that it hands nowhere only the attributes that it names."""
         if issubclass(type(value), types.ModuleType):
             self.way.append(step)
-            self.module(value, names)
+            self.module(value, None if used and name in used.bare else used)
             self.way.pop()
         else:
             self.visit(value, step)
@@ -334,29 +346,29 @@ class _Walk:
         self.put("function", origin or read.digest, thing.__code__.co_qualname if origin else "")
         self.visit(thing.__defaults__, "its default")
         self.visit(thing.__kwdefaults__, "its default")
-        names = None if _ALL_OF_IT & (read.globals | read.attributes) else read.attributes
+        used = None if _ALL_OF_IT & (read.globals | read.attributes) else read
         for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True):
             try:
-                self.part(cell.cell_contents, names, name)
+                self.part(cell.cell_contents, name, used, name)
             except ValueError as error:
                 if isinstance(error, Unknowable):
                     raise
                 self.put("empty")
         self.pairs({name: thing.__dict__[name] for name in sorted(thing.__dict__)})
         if not origin:
-            self.globals(thing.__globals__, read, names)
+            self.globals(thing.__globals__, read, used)
 
-    def globals(self, table: dict[str, Any], read: _Code, names: frozenset[str] | None) -> None:
+    def globals(self, table: dict[str, Any], read: _Code, used: _Code | None) -> None:
         """Feed what a function's code reads from its module, from Python, and by an import of its own."""
         for name in sorted(read.globals - _MODULE_FACTS):
             if name in table:
                 self.put("global", name)
-                self.part(table[name], None if name in read.bare else names, name)
+                self.part(table[name], name, used, name)
             elif name in _HIDES:
                 self.refuse(f"what {name}() reaches cannot be told from the code: name it there")
             else:
                 self.put("builtin" if hasattr(builtins, name) else "unbound", name)
-        for name, level in sorted(read.imports):
+        for name, level, alias in sorted(read.imports):
             if level:
                 package = str(table.get("__package__") or "").split(".")
                 name = ".".join([*package[: len(package) - level + 1], *([name] if name else [])])
@@ -365,8 +377,9 @@ class _Walk:
             if found is None and not origin_of(name):
                 self.refuse(f"module {name!r} is not imported yet: import it above the function")
             if found is not None:
-                self.module(sys.modules[name.partition(".")[0]], names)
-                self.module(found, names)
+                top, whole = name.partition(".")[0], alias in read.bare
+                self.module(sys.modules[top], None if whole and alias == top else used)
+                self.module(found, None if whole else used)
         if "import_module" in read.attributes | read.globals:
             self.refuse("what import_module() reaches cannot be told from the code: import it by name")
 

@@ -113,6 +113,11 @@ class Dataset:
     features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in SPLITS:
+            for part, wanted in (("x", "uint8 or float32"), ("y", "int64, the numbers of the classes")):
+                if not isinstance(given := getattr(getattr(self, name), part), Tensor):
+                    what = f"{part} must be a tensor of {wanted}, got {type(given).__name__}"
+                    raise ValueError(f"dataset {self.name!r}, split {name}: {what}")
         if self.features and self.shape != (len(set(self.features)),):
             raise ValueError(f"dataset {self.name!r}: features must name each of the columns {self.shape} once")
         if (length := self.preprocess.lengths) not in ((), self.shape[:1]):

@@ -29,11 +29,18 @@ class Recipe(Settings):
     """Weight pruning writes zeros and keeps every shape; channel pruning removes whole channels."""
     prune_ratio: float = knob(0.0, "Prune ratio", "compress", ge=0, lt=1, span=(0, 0.95), step=0.05)
     """Share of the weights (or channels) removed."""
-    dtype: Literal["fp32", "fp16", "int8", "int4"] = knob("fp32", "Dtype", "compress")
+    dtype: Literal["fp32", "fp16", "int8", "int4", "int2"] = knob("fp32", "Dtype", "compress")
     """Number format of the weights in the file."""
+    keep: Literal["none", "ends"] = knob("none", "Keep", "compress", when={"dtype": ("int4", "int2")})
+    """Ends: the first and the last layer, where few bits hurt most, are stored in int8."""
     quantization: Literal["dynamic", "static"] = knob("static", "Quantization", "compress", when={"dtype": ("int8",)})
-    """int8 only. Static: every layer, activation ranges measured by the clients beforehand. Dynamic: Linear layers
-    only, ranges measured at each prediction."""
+    """int8 only: how activations are computed. Static: in int8, with ranges that the clients measure beforehand.
+    Dynamic: in int8 in Linear layers, with ranges measured at each prediction, and in floats elsewhere."""
+    calibration: Literal["minmax", "percentile", "entropy"] = knob(
+        "minmax", "Calibration", "compress", when={"dtype": ("int8",), "quantization": ("static",)}
+    )
+    """Static int8 only. What the range of an activation is to hold: every value (minmax), the middle 99.5 % of them
+    (percentile), or those whose histogram changes least in 8 bits (entropy); one wild value ruins minmax."""
 
 
 class Experiment(Settings):
@@ -117,8 +124,10 @@ class Experiment(Settings):
     mask_schedule: Literal["gradual", "one-shot", "dynamic", "fixed"] = knob("gradual", "Mask schedule", "rounds")
     """Gradual: more and more small weights go, until 60 % of the rounds. One-shot: all at half time. Dynamic: a sparse
     start whose smallest weights are exchanged. Fixed: a random mask that never changes, for comparison."""
-    qat: Literal["off", "int8", "int4"] = knob("off", "Quantization-aware training", "rounds")
+    qat: Literal["off", "int8", "int4", "int2"] = knob("off", "Quantization-aware training", "rounds")
     """Clients compute with weights rounded to the grid of the later file, so that the model learns to live with it."""
+    qat_keep: Literal["none", "ends"] = knob("none", "Keep while training", "rounds", when={"qat": ("int4", "int2")})
+    """Ends: the first and the last layer learn to live with int8, for a recipe that keeps them so."""
     teacher: Experiment | None = knob(None, "Teacher", "rounds")
     """A finished experiment whose model the clients learn from."""
     temperature: float = knob(4.0, "Temperature", "rounds", gt=0, le=100, span=(1, 20), step=0.5)

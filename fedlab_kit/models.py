@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import pairwise
 from threading import RLock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fedlab_kit.catalog import lookup, model
+from fedlab_kit.settings import complaint
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
@@ -51,30 +55,82 @@ def build(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Modu
             raise ValueError(f"model {name!r} must be a torch.nn.Module, got {type(built).__name__}")
         if wrong := [tensor for tensor, values in built.named_parameters() if not values.isfinite().all()]:
             raise ValueError(f"model {name!r} must begin with finite weights, {wrong[0]} holds NaN or infinity")
-        _check_output(name, built, shape, classes)
-    return built
+        check_output(repr(name), built.eval(), torch.zeros(2, *shape), classes)
+    return built.train()
 
 
-def flops(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Count the floating-point operations of the float model on one sample; a multiply-add is two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(torch.zeros(1, *shape, device=next(model.parameters()).device))
-    return counter.get_total_flops()
+def as_batch(inputs: Tensor | Sequence[int]) -> Tensor:
+    """Return a preprocessed batch [n, ...] as it is; for the shape of a sample, two made-up ones between 0 and 1."""
+    if isinstance(inputs, Tensor):
+        return inputs
+    return torch.rand(2, *inputs, generator=torch.Generator().manual_seed(0))
 
 
-def _check_output(name: str, built: nn.Module, shape: tuple[int, ...], classes: int) -> None:
-    built.eval()
+def flops(model: nn.Module, inputs: Tensor | Sequence[int]) -> int:
+    """Count the floating-point operations of the float model on one sample; a multiply-add is two.
+
+    `inputs` is a preprocessed batch [n, ...], whose first sample is taken, or a sample's shape. Those of matrices,
+    convolutions, recurrent layers and attention count, element by element nothing does.
+    """
+    copied = deepcopy(model).cpu().eval().requires_grad_(True)  # with gradients torch takes no path that it fuses
+    sample, counter = as_batch(inputs)[:1].cpu().clone(), _Counter()
+    with torch.enable_grad(), Draws(0).inside(), counter:
+        copied(sample)
+    return counter.total
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the operations of all that torch does inside the block; unlike torch's own in this thread alone."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if count := FLOPS.get(func.overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """[n, heads, queries, d], [n, heads, keys, d], [n, heads, keys, e]: each query with each key and value."""
+    return 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _recurrent(x: Tensor, inputs: Tensor, hidden: Tensor, *_: Any, **__: Any) -> int:
+    """[steps, n, features]: each step multiplies by both weights."""
+    return 2 * x[..., 0].numel() * (inputs.numel() + hidden.numel())
+
+
+ATEN = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    ATEN.mkldnn_rnn_layer: _recurrent,
+    ATEN._trilinear: lambda x, weight, *_, **__: 2 * len(x) * weight.numel(),  # nn.Bilinear
+    ATEN.mv: lambda matrix, *_, **__: 2 * matrix.numel(),
+    ATEN.addmv: lambda _, matrix, *__, **___: 2 * matrix.numel(),
+    ATEN.dot: lambda vector, *_, **__: 2 * vector.numel(),
+}
+"""What torch's own counter knows, and what it passes over on a CPU."""
+
+
+def check_output(name: str, module: nn.Module, sample: Tensor, classes: int) -> None:
+    """Raise ValueError, in one line, unless a module maps prepared samples [n, ...] to float32 logits [n, classes]."""
+    shape, wanted = list(sample.shape), [len(sample), classes]
     try:
         with torch.no_grad():
-            found = list(built(torch.zeros(2, *shape)).shape)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"model {name!r} does not take samples of shape {list(shape)}: {error}") from error
-    if found != [2, classes]:
-        raise ValueError(f"model {name!r} must map [2, {', '.join(map(str, shape))}] to [2, {classes}], got {found}")
-    built.train()
+            found = module(sample)
+    except Exception as error:
+        raise ValueError(
+            f"model {name} does not take samples of shape {shape[1:]}, build it for them: {complaint(error)}"
+        ) from error
+    if not isinstance(found, Tensor):
+        parts = f" of {', '.join(map(repr, found))}" if isinstance(found, dict) else ""
+        kind = f"{type(found).__name__}{parts}"
+        raise ValueError(f"model {name} must return one tensor of logits, got a {kind}: let forward return them alone")
+    if list(found.shape) != wanted or found.dtype != torch.float32:
+        kind = "" if found.dtype == torch.float32 else f" of {found.dtype}"
+        raise ValueError(f"model {name} must map {shape} to {wanted}, got {list(found.shape)}{kind}: one logit a class")
 
 
 @model

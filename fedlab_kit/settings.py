@@ -7,6 +7,8 @@ from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+LONGEST = 400  # letters of another library's complaint
+
 
 def knob(
     default: Any,
@@ -31,6 +33,16 @@ def knob(
     return Field(default, title=label, json_schema_extra=extra, **bounds)
 
 
+def complaint(error: Exception) -> str:
+    """Say in one line what went wrong: in the error's own words, and with its type where nobody expected it."""
+    kind = [] if isinstance(error, ValueError | OSError) and str(error) else [type(error).__name__]
+    return ": ".join([*kind, *filter(None, [" ".join(str(error).split())[:LONGEST]])])
+
+
+class Clash(ValueError):
+    """Fields that are each allowed and do not go together; the message is one line."""
+
+
 class Settings(BaseModel):
     """A frozen, validated value whose errors are one line: the field, what is allowed, and what came.
 
@@ -50,7 +62,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ValueError(_sentence(type(self), error)) from None
+            raise _wrong(type(self), error) from None
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed, validated like a new value."""
@@ -59,6 +71,13 @@ class Settings(BaseModel):
     def changes(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as JSON-ready values (nested settings likewise)."""
         return {name: _plain(value) for name, value in self.__repr_args__()}
+
+    def in_effect(self) -> dict[str, Any]:
+        """Return the fields that matter given the others, see `when` of `knob`, as JSON-ready values."""
+        values = self.model_dump(mode="json")
+        extra: Any = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
+        whens = {name: extra[name]["when"] or {} for name in values}
+        return {n: v for n, v in values.items() if all(values[other] in among for other, among in whens[n].items())}
 
     def __str__(self) -> str:
         return repr(self)
@@ -76,15 +95,15 @@ _LIMITS = {"Ge": ("at least", "ge"), "Gt": ("above", "gt"), "Le": ("at most", "l
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
-def _sentence(owner: type[Settings], error: ValidationError) -> str:
+def _wrong(owner: type[Settings], error: ValidationError) -> ValueError:
     """Word the first validation error as one line that names the field, what is allowed and what came."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        return Clash(str(first["ctx"]["error"]))
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return f"{name} is not a field of {owner.__name__}; its fields are {', '.join(owner.model_fields)}"
-    return f"{name} must be {allowed(owner, name)}, got {first['input']!r}"
+        return ValueError(f"{name} is not a field of {owner.__name__}; its fields are {', '.join(owner.model_fields)}")
+    return ValueError(f"{name} must be {allowed(owner, name)}, got {first['input']!r}")
 
 
 def allowed(owner: type[Settings], name: str) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from threading import Event, Thread
 from time import monotonic
 
@@ -20,26 +21,34 @@ PATIENCE = 2.0  # seconds of training before a second process is started: it nee
 Tell = Callable[[int, int, str], None]
 
 
-def train_all(experiments: Sequence[Experiment], stop: Event | None, tell: Tell) -> dict[Experiment, Run]:
+def stored(experiment: Experiment) -> Run | Exception | None:
+    """Return what the store has of an experiment: its run, none, or the error that says why nobody can tell."""
+    try:
+        return find(experiment)
+    except Exception as error:
+        return error
+
+
+def train_all(experiments: Sequence[Experiment], stop: Event | None, tell: Tell) -> dict[Experiment, Run | Exception]:
     """Train what the store lacks, from the first to the last; a second process comes from the last to the first.
 
     The store's locks keep the two apart: what the other has done is there, what it is doing is waited for. `tell`
-    gets how many are done, of how many. Returns what was trained here, which the store may be unable to keep. Returns
-    early when `stop` is set; every round that was finished is kept.
+    gets how many are done, of how many. Returns what was trained here, which the store may be unable to keep, or the
+    error that it ended in. Returns early when `stop` is set; every round that was finished is kept.
     """
-    missing = [experiment for experiment in experiments if find(experiment) is None]
-    second, trained = SecondProcess(missing[:1:-1]), dict[Experiment, Run]()
+    missing = [experiment for experiment in experiments if stored(experiment) is None]
+    second, trained = SecondProcess(missing[:1:-1]), dict[Experiment, Run | Exception]()
     try:
         for done, experiment in enumerate(missing, 1):
-            run = train(experiment, stop, lambda record: second.start_if_it_pays())
-            if stop is not None and stop.is_set():
+            try:
+                trained[experiment] = run = train(experiment, stop, lambda record: second.start_if_it_pays())
+                run.warn()
+            except Exception as error:
+                trained[experiment] = error
+            if stop is not None and stop.is_set():  # in the middle of it, or while a teacher was trained
+                del trained[experiment]
                 break
-            trained[experiment] = run
-            run.warn()
             tell(min(done + second.done, len(missing)), len(missing), "experiments trained")
-    except TimeoutError:
-        if stop is None or not stop.is_set():  # stopped while a teacher was trained
-            raise
     finally:
         second.end()
     return trained
@@ -98,12 +107,13 @@ class SecondProcess:
 def serve() -> None:
     """Train the experiments in the first line of standard input, and say so for each, until that input ends.
 
-    What goes wrong is left to the parent, which comes to the same experiment and says it to a person.
+    What goes wrong with one is left to the parent, which comes to the same experiment and says it to a person.
     """
     stop, experiments = Event(), json.loads(sys.stdin.readline())
     Thread(target=_set_at_the_end, args=(stop,), daemon=True).start()
     for changes in experiments:
-        train(Experiment(**changes), stop)
+        with suppress(Exception):
+            train(Experiment(**changes), stop)
         if stop.is_set():
             return
         print("done", flush=True)

@@ -6,7 +6,7 @@ import torch
 import fedlab_kit as fk
 
 KEPT = 90 + 21_750 - 19_575  # of cnn at mask ratio 0.9: all biases, a tenth of the weights
-INT4 = 128 * 25 * (16 + 4)  # bytes of the first layer of mlp: rows, blocks, codes and scale
+INT4 = 128 * (392 + 4)  # bytes of the first layer of mlp: rows, codes and scale
 
 
 def largest(weights, ratio):
@@ -42,7 +42,7 @@ RIGHT = {
     "02-3": [fk.Recipe(prune="channel", prune_ratio=0.6), fk.Recipe(prune="channel", prune_ratio=0.58)],
     "03-1": [to_int8, lambda weight: (to_int8(weight)[0], float(to_int8(weight)[1]))],
     "03-2": [merge, lambda clients: {name: list(r) for name, r in merge(clients).items()}],
-    "03-3": [8 * INT4 / 100_352, 5.1],
+    "03-3": [8 * INT4 / 100_352, 4.04],
 }
 WRONG = {
     "02-1": [
@@ -105,10 +105,10 @@ WRONG = {
     ],
     "03-3": [
         (4, "the codes alone"),
-        (5.0, "filled up"),
+        (36, "once for all weights"),
         (8 * INT4, "divide by its number of weights"),
         (INT4, "how many bits"),
-        (32, "blocks of 32"),
-        ("5.1", "a number of bits"),
+        (32, "one scale of 32 bits"),
+        ("4.04", "a number of bits"),
     ],
 }

@@ -17,9 +17,10 @@ import zstandard
 from torch import Tensor, nn
 
 import fedlab_kit as fk
-from fedlab_kit.compression.quantize import applies, int4_codes, int8_codes
+from fedlab_kit.compression.quantize import grid_codes
 from fedlab_kit.data import Preprocess
-from fedlab_kit.deployment import convert, export, measure
+from fedlab_kit.deployment import artifact as artifact_module
+from fedlab_kit.deployment import convert, export, measure, static
 from fedlab_kit.deployment.artifact import compress, load, slug
 
 RECIPES = [
@@ -30,6 +31,7 @@ RECIPES = [
     fk.Recipe(dtype="int8", quantization="dynamic"),
     fk.Recipe(dtype="int8", quantization="static"),
     fk.Recipe(dtype="int4"),
+    fk.Recipe(dtype="int2", keep="ends"),
     fk.Recipe(prune="channel", prune_ratio=0.25, dtype="int8", quantization="static"),
 ]
 EXPERIMENT = fk.Experiment(model="cnn", clients=4, clients_per_round=4, rounds=2)
@@ -82,9 +84,37 @@ def test_sizes_digest_and_card_are_those_of_the_files(run: fk.Run) -> None:
     assert "test" not in artifact.card  # nobody asked
     assert artifact.card["when"].endswith("+00:00") and "cores" in artifact.card["machine"]
     assert artifact.threads == 1
+    assert artifact.card["zstd_level"] == 18
+    assert artifact.card["runtime"] == {"onnxruntime": f">={measure.oldest_runtime(onnx.load(artifact.path))}"}
+    [taken] = measure.open_session(content).get_inputs()
+    said = artifact.card["input"]
+    assert said["name"] == taken.name and taken.type == f"tensor({said['dtype']})" and said["batch"] == "any"
+    assert isinstance(taken.shape[0], str) and taken.shape[1:] == said["shape"]
     assert artifact.latency_ms > 0
     assert artifact.throughput > 0
     assert artifact.interval[0] < artifact.accuracy < artifact.interval[1]
+
+
+def test_a_large_file_is_packed_at_the_quick_level_and_says_so(
+    run: fk.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = compress(run, RECIPES[1], tmp_path)
+    monkeypatch.setattr(artifact_module, "LARGE", small.bytes - 1)
+    large = compress(run, RECIPES[1], tmp_path)
+    assert (small.card["zstd_level"], large.card["zstd_level"]) == (18, 3) and large.bytes == small.bytes
+    packed = large.path.with_name(large.path.name + ".zst").read_bytes()
+    assert packed == zstandard.ZstdCompressor(level=3).compress(large.path.read_bytes())
+    assert large.zstd_bytes == len(packed) > small.zstd_bytes
+
+
+@pytest.mark.parametrize("count", [1000, 200_000])
+def test_a_packed_file_is_as_small_as_the_best_level_makes_it(count: int) -> None:
+    weights = np.random.default_rng(0).standard_normal(count).astype(np.float32)
+    content = np.where(np.abs(weights) < 0.8, np.float32(0), weights).tobytes()
+    packed, level = artifact_module.squeeze(content)
+    best = zstandard.ZstdCompressor(level=18).compress(content)
+    assert zstandard.decompress(packed) == content and level == 18
+    assert len(packed) <= 1.003 * len(best) if count > 1000 else packed == best
 
 
 def test_figures_of_speed_are_those_that_were_timed(
@@ -105,7 +135,7 @@ def test_the_float_file_agrees_with_torch(run: fk.Run, tmp_path: Path) -> None:
 
 
 def test_recipes_do_to_the_file_what_they_say(run: fk.Run, tmp_path: Path) -> None:
-    plain, weight, channel, half, dynamic, static, four, both = (compress(run, r, tmp_path) for r in RECIPES)
+    plain, weight, channel, half, dynamic, static, four, two, both = (compress(run, r, tmp_path) for r in RECIPES)
     assert weight.bytes == plain.bytes
     assert weight.zstd_bytes < 0.6 * plain.zstd_bytes
     assert weight.sparsity == pytest.approx(0.6, abs=1e-4)
@@ -113,14 +143,26 @@ def test_recipes_do_to_the_file_what_they_say(run: fk.Run, tmp_path: Path) -> No
     assert channel.parameters < 0.3 * plain.parameters
     assert channel.flops < 0.4 * plain.flops
     assert 0.5 < half.bytes / plain.bytes < 0.53
-    assert static.bytes < dynamic.bytes < half.bytes
-    assert four.bytes < dynamic.bytes
+    assert two.bytes < four.bytes < 0.6 * min(static.bytes, dynamic.bytes)
+    assert max(static.bytes, dynamic.bytes) < 0.6 * half.bytes
     assert both.bytes < static.bytes
-    assert not any(artifact.note for artifact in (plain, weight, channel, half, dynamic, static, four, both))
+    assert not any(artifact.note for artifact in (plain, weight, channel, half, dynamic, static, four, two, both))
+
+
+def test_the_card_says_what_channel_pruning_left_alone(run: fk.Run, tmp_path: Path) -> None:
+    shuffle = [nn.Conv2d(16, 16, 3, groups=4), nn.ChannelShuffle(4), nn.Conv2d(16, 24, 1, groups=4)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)]
+    other = stand_in(run, nn.Sequential(nn.Conv2d(1, 16, 9, 4), nn.ReLU(), *shuffle, *head))
+    channel = compress(other, fk.Recipe(prune="channel", prune_ratio=0.5), tmp_path)
+    assert "torch-pruning would break 2: they keep their channels, prune='weight' reaches them" in channel.note
+    assert channel.note == load(channel.path).note == channel.card["measured"]["note"]
+    assert channel.parameters == 8 * 81 + 8 + 16 * 2 * 9 + 16 + 12 * 4 + 12 + 12 * 10 + 10
+    twice = compress(other, fk.Recipe(prune="channel", prune_ratio=0.5), tmp_path / "again")
+    assert twice.path.read_bytes() == channel.path.read_bytes()
 
 
 def test_pruned_zeros_survive_quantization(run: fk.Run, tmp_path: Path) -> None:
-    for dtype in ("fp16", "int8", "int4"):
+    for dtype in ("fp16", "int8", "int4", "int2"):
         artifact = compress(run, fk.Recipe(prune="weight", prune_ratio=0.7, dtype=dtype), tmp_path)
         assert artifact.sparsity >= 0.6999
 
@@ -143,7 +185,7 @@ def test_another_process_writes_the_same_bytes_and_no_path_of_this_machine(run: 
     environment = {**os.environ, "FEDLAB_RUNS": str(run.path.parent)}
     arguments = [sys.executable, "-c", script, str(tmp_path / "there")]
     printed = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout
-    here = compress(run, RECIPES[7], tmp_path / "here")
+    here = compress(run, RECIPES[8], tmp_path / "here")
     assert printed.strip() == here.digest
     content = here.path.read_bytes()
     assert not any(word in content for word in (b"site-packages", b"torch", b"pytorch", str(tmp_path).encode()))
@@ -169,69 +211,28 @@ def test_a_swapped_graph_is_never_trusted_blindly(run: fk.Run, tmp_path: Path) -
 
 def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
     graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
-    ranges = convert.calibrate(graph, [run.dataset.train.x[shard] for shard in run.shards])
-    static = measure.stored_weights(convert.convert(graph, "int8", ranges))
-    dynamic = measure.stored_weights(convert.convert(graph, "int8"))
-    four = measure.stored_weights(convert.convert(graph, "int4"))
-    for name, weight in run.model.state_dict().items():
-        if weight.ndim < 2:
-            continue
-        codes = int8_codes(weight).codes.numpy()
-        first = weight.shape[1] == 1  # a convolution of one channel is faster in float, and training leaves it so
-        assert np.array_equal(_called(static, name), weight.numpy() if first else codes)
-        assert applies(weight, "int8") is not first
-        if weight.ndim == 2:
-            assert np.array_equal(_called(dynamic, name), codes.T)  # Gemm has become MatMul
-            expected = int4_codes(weight).codes.flatten(-2)[:, : weight.shape[1]].numpy()
-            assert np.array_equal(_called(four, name), expected)
+    ranges = static.calibrate(graph, [run.dataset.train.x[shard] for shard in run.shards])
+    files = {
+        "int8 static": convert.convert(graph, "int8", ranges),
+        **{dtype: convert.convert(graph, dtype) for dtype in ("int8", "int4", "int2")},
+    }
+    weights = [weight for weight in run.model.state_dict().values() if weight.ndim > 1]
+    for kind, file in files.items():
+        for stored, weight in zip(measure.stored_weights(file).values(), weights, strict=True):
+            codes = grid_codes(weight, kind.split()[0]).codes.numpy()
+            turned = kind == "int8" and weight.ndim == 2  # Gemm has become MatMul
+            assert np.array_equal(stored.astype(int), codes.T if turned else codes)
 
 
-def _called(weights: dict[str, np.ndarray], name: str) -> np.ndarray:
-    [found] = [values for key, values in weights.items() if key.startswith(name)]
-    return found
-
-
-def test_merged_client_ranges_give_the_file_of_pooled_calibration(run: fk.Run, tmp_path: Path) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-
-    class Pooled(CalibrationDataReader):
-        def __init__(self, x: Tensor) -> None:
-            self.batches = iter([{"x": part.numpy()} for part in x.split(8)])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.batches, None)
-
-    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
-    clients = [run.dataset.train.x[:5], run.dataset.train.x[5:6], run.dataset.train.x[6:48]]
-    merged = convert.merge_ranges([convert.client_ranges(graph, samples) for samples in clients])
-    ours = convert.convert(graph, "int8", merged).SerializeToString(deterministic=True)
-    pooled = tmp_path / "pooled.onnx"
-    quantize_static(
-        graph,
-        pooled,
-        Pooled(run.dataset.train.x[:48]),
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=list(convert.STATIC),
-        nodes_to_exclude=["Conv_3"],
-        extra_options=dict(convert.STATIC_OPTIONS),
-    )
-    theirs = export.clean(onnx.load(pooled)).SerializeToString(deterministic=True)
-    assert ours == theirs
-
-
-def test_a_dtype_that_does_nothing_says_so(run: fk.Run, tmp_path: Path) -> None:
-    convolutions = nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())
-    for recipe in (fk.Recipe(dtype="int4"), fk.Recipe(dtype="int8", quantization="dynamic")):
-        artifact = compress(stand_in(run, convolutions), recipe, tmp_path)
-        assert "does nothing here" in artifact.note
-        assert json.loads(next(tmp_path.glob("*.json")).read_text())["measured"]["note"] == artifact.note
-    mostly = nn.Sequential(nn.Conv2d(1, 30, 28), nn.Flatten(), nn.Linear(30, 10))
-    assert (
-        "reaches only 1.3% of the weights here"
-        in compress(stand_in(run, mostly), fk.Recipe(dtype="int4"), tmp_path).note
-    )
+def test_weights_that_a_dtype_cannot_hold_are_named(run: fk.Run, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 30, 28), nn.Flatten(), nn.Linear(30, 10))
+    with torch.no_grad():
+        model[2].weight[0] = 1e6  # 300 of 23,820 weights are in a matrix that half precision cannot hold
+    half = compress(stand_in(run, model), fk.Recipe(dtype="fp16"), tmp_path)
+    assert "1.3% of the weights stay fp32: their values are too large or too small for fp16" in half.note
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["measured"]["note"] == half.note
+    for recipe in (fk.Recipe(dtype="int4"), fk.Recipe(dtype="int2"), fk.Recipe(dtype="int8", quantization="dynamic")):
+        assert not compress(stand_in(run, model), recipe, tmp_path).note
 
 
 def test_channel_pruning_without_channels_says_so(run: fk.Run, tmp_path: Path) -> None:
@@ -293,18 +294,10 @@ def test_a_model_that_cannot_be_exported_is_named(run: fk.Run, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_calibration_needs_samples(run: fk.Run) -> None:
-    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
-    with pytest.raises(ValueError, match="calibration needs at least one sample"):
-        convert.client_ranges(graph, run.dataset.train.x[:0])
-    with pytest.raises(ValueError, match="calibration needs at least one client"):
-        convert.calibrate(graph, [])
-
-
 def test_an_unknown_dtype_is_named(run: fk.Run) -> None:
     graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
-    with pytest.raises(ValueError, match="dtype must be one of fp32, fp16, int8, int4, got 'int2'"):
-        convert.convert(graph, "int2")
+    with pytest.raises(ValueError, match="dtype must be one of fp32, fp16, int8, int4, int2, got 'int3'"):
+        convert.convert(graph, "int3")
 
 
 def test_features_keep_their_range_in_half_precision() -> None:
@@ -316,13 +309,14 @@ def test_features_keep_their_range_in_half_precision() -> None:
     np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
-def test_int4_leaves_logging_as_it_was(run: fk.Run, tmp_path: Path) -> None:
+def test_quantizers_leave_logging_as_it_was(run: fk.Run, tmp_path: Path) -> None:
     """In a fresh process, where the quantizer is imported for the first time."""
     script = (
         "import logging, torch, fedlab_kit as fk; from fedlab_kit.deployment.convert import convert\n"
         "from fedlab_kit.deployment.export import export; from fedlab_kit.models import build\n"
         "graph = export(build('mlp', (4,), 2, 0).eval(), fk.Preprocess(0.0, 1.0), torch.zeros(2, 4))\n"
-        "convert(graph, 'int4', None); print(logging.getLogger().level, logging.getLogger().handlers)"
+        "[convert(graph, dtype) for dtype in ('int8', 'int4')]\n"
+        "print(logging.getLogger().level, logging.getLogger().handlers)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "30 []" and "INFO" not in done.stderr
+    assert done.stdout.strip() == "30 []" and not done.stderr

@@ -313,7 +313,8 @@ def test_two_hundred_random_interactions_never_get_it_stuck(live, tmp_path):
     rng = random.Random(200)
     values = {
         "prune_ratio": [0.0, 0.3, 0.9, 0.999, 1.5, -1.0], "prune": ["weight", "channel"], "lr": [0.1, 0.3, -1.0],
-        "dtype": ["fp32", "fp16", "int8", "int4"], "quantization": ["static", "dynamic"], "rounds": [1, 2, 300, 0],
+        "dtype": ["fp32", "fp16", "int8", "int2"], "quantization": ["static", "dynamic"], "rounds": [1, 2, 300, 0],
+        "calibration": ["minmax", "percentile", "entropy"],
         "model": ["mlp", "logistic"], "clients": [4, 1], "partition": ["iid", "site"], "seed": [7, 8],
     }  # fmt: skip
     points, runs, clients = live.screen.points, live.screen.runs, live.screen.clients

@@ -258,6 +258,90 @@ def test_what_a_helper_file_holds_counts_as_far_as_it_is_used(tmp_path: Path, mo
     assert keys[0] == keys[2] != keys[1]
 
 
+HANDED = {  # a helper file that is handed on as a value: nobody can tell what becomes of it there
+    "by the function": "def f(x): return call(own_helpers, x)",
+    "by a nested function": "def f(x):\n def g(x): return call(own_helpers, x)\n return g(x)",
+    "by a nested lambda": "def f(x): return (lambda x: call(own_helpers, x))(x)",
+    "by a nested class": "def f(x):\n class A:\n  own = own_helpers\n return call(A.own, x)",
+    "a part of it": "import own_pkg.part\ndef f(x): return call(own_pkg.part, x)",
+    "a part of it by name": "def f(x):\n from own_pkg import part\n return call(part, x)",
+    "a part of it under another name": "def f(x):\n from own_pkg import part as own\n return call(own, x)",
+    "a part of it under a short name": "def f(x):\n import own_pkg.part as own\n return call(own, x)",
+    "a part of it by its long name": "def f(x):\n import own_pkg.part\n return call(own_pkg.part, x)",
+    "a part of it with the whole": (
+        "import own_pkg.part\ndef inner(p, x): return p.part.h(x)\n"
+        "def f(x):\n import own_pkg\n return inner(own_pkg, x)"
+    ),
+    "as a default": "def f(x, own=own_helpers): return call(own, x)",
+    "by a function that imports it": "def f(x):\n import own_helpers\n return call(own_helpers, x)",
+    "under another name": "def f(x):\n import own_helpers as own\n return call(own, x)",
+    "by a nested function that has it from outside": (
+        "def f(x):\n import own_helpers as own\n def g(x): return call(own, x)\n return g(x)"
+    ),
+    "as an attribute": "import types\nns = types.SimpleNamespace(own=own_helpers)\ndef f(x): return call(ns.own, x)",
+    "through a local": "def f(x):\n own = own_helpers\n return call(own, x)",
+    "as a closure": "def outer():\n own = own_helpers\n def f(x): return call(own, x)\n return f\nf = outer()",
+    "in a list": "ALL = [own_helpers]\ndef f(x): return call(ALL[0], x)",
+}
+
+
+@pytest.mark.parametrize("how", HANDED)
+def test_a_module_that_is_handed_on_counts_as_a_whole(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    prints = []
+    for number, constant in enumerate((1, 1, 2)):
+        (tmp_path / "own_pkg").mkdir(exist_ok=True)
+        for file in ("own_helpers.py", "own_pkg/part.py", "own_pkg/__init__.py"):
+            (tmp_path / file).write_text(f"def h(x): return x * {constant}\n# {'-' * number}")
+        for name in ("own_helpers", "own_pkg", "own_pkg.part"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        cell = run_cell(f"import own_helpers\ndef call(module, x): return module.h(x)\n{HANDED[how]}")
+        assert cell["f"](1) == constant
+        prints.append(catalog.fingerprint(cell["f"]))
+    assert prints[0] == prints[1] != prints[2]
+
+
+IMPORTS = {  # where a helper file may be imported, for a call of its f
+    "in the function": "def f(x):\n import own_helpers\n return own_helpers.f(x)",
+    "by name": "def f(x):\n from own_helpers import f as g\n return g(x)",
+    "in a nested function": "def f(x):\n def g(x):\n  import own_helpers\n  return own_helpers.f(x)\n return g(x)",
+    "by name, nested twice": (
+        "def f(x):\n def g(x):\n  def h(x):\n   from own_helpers import f\n   return f(x)\n  return h(x)\n return g(x)"
+    ),
+    "in a method": (
+        "class A:\n def g(self, x):\n  import own_helpers\n  return own_helpers.f(x)\ndef f(x): return A().g(x)"
+    ),
+    "in a nested class": (
+        "def f(x):\n class A:\n  def g(self, x):\n   import own_helpers as own\n   return own.f(x)\n return A().g(x)"
+    ),
+    "in a nested class's body": "def f(x):\n class A:\n  from own_helpers import f\n return A.f(x)",
+    "in a nested generator": "def f(x):\n def g():\n  import own_helpers\n  yield own_helpers.f(x)\n return next(g())",
+}
+
+
+@pytest.mark.parametrize("where", IMPORTS)
+def test_an_import_is_followed_wherever_it_stands(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    prints = []
+    for text in (
+        "A = 1\ndef f(x): return x * A",
+        "A = 2\ndef f(x): return x * A",
+        "B = 3\nA = 1\ndef f(x): return x * A",
+    ):
+        (tmp_path / "own_helpers.py").write_text(f"{text}\n# {'-' * len(prints)}")
+        monkeypatch.delitem(sys.modules, "own_helpers", raising=False)
+        importlib.invalidate_caches()
+        function = run_cell(IMPORTS[where])["f"]
+        with pytest.raises(catalog.Unknowable, match="module 'own_helpers' is not imported yet"):
+            catalog.fingerprint(function)
+        function(1)
+        prints.append(catalog.fingerprint(function))
+    assert prints[0] == prints[2] != prints[1]
+
+
 def test_what_the_model_is_built_from_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "bias.npy"
     cell = CELL.replace("    return Local(shape[0], classes)", f"""    import os
@@ -375,6 +459,15 @@ def test_the_packages_own_code_counts_and_its_comments_and_docstrings_do_not() -
     assert digest == catalog.code_digest({"a.py": b"\n\n" + same})
     assert digest != catalog.code_digest({"a.py": source.replace(b"x + A", b"x - A")})
     assert digest != catalog.code_digest({"b.py": source}) and len(catalog.code()) == 64
+
+
+@pytest.mark.parametrize(
+    "place", ["A = {}", "def f(x={}):\n    return x", "def f(x):\n    return x[{}]", "f(a, *[{}])"]
+)
+def test_literals_of_the_packages_own_code_are_told_apart(place: str) -> None:
+    literals = "0 1 2 -1 None False True 0.0 -0.0 1.0 0j '' 'a' b'' b'a' () [] {} ... '0' 'None' f'' (0,) [0] {0}"
+    digests = [catalog.code_digest({"a.py": place.replace("{}", one, 1).encode()}) for one in literals.split()]
+    assert len(set(digests)) == len(literals.split())
 
 
 def test_the_digest_covers_the_modules_that_decide_weights() -> None:

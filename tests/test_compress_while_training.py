@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import fedlab_kit as fk
 from fedlab_kit.compression.distill import centred_mse, distillation_loss, distillation_slope
-from fedlab_kit.compression.prune import prunable_mask
 from fedlab_kit.compression.quantize import quantized
 from fedlab_kit.federation import rounds as loop
 from fedlab_kit.federation.masking import adjusts, first_mask
@@ -36,7 +35,7 @@ def play(experiment):
 
 
 def prunable(experiment):
-    return prunable_mask(made(experiment).model.layout.shapes)
+    return made(experiment).model.prunable
 
 
 # ---- masks
@@ -54,15 +53,84 @@ def test_the_final_model_has_exactly_the_asked_share_of_zeros(schedule, model):
 
 
 def test_when_masks_change():
-    def changes(schedule):
-        experiment = SMALL.replace(rounds=20, mask_ratio=0.5, mask_schedule=schedule)
-        return [r for r in range(1, 21) if adjusts(experiment, r)]
+    def changes(schedule, rounds=20):
+        experiment = SMALL.replace(rounds=rounds, mask_ratio=0.5, mask_schedule=schedule)
+        return [r for r in range(1, rounds + 1) if adjusts(experiment, r)]
 
     assert changes("one-shot") == [10]
     assert changes("gradual") == [2, 4, 6, 8, 10, 12]
     assert changes("dynamic") == [2, 4, 6, 8, 10, 12, 14, 15]
     assert changes("fixed") == []
     assert not any(adjusts(SMALL, r) for r in range(20))
+    few = (1, 2, 3, 7)  # shares of few or odd rounds are rounded upwards: of one round, the first is the last
+    assert [changes("one-shot", rounds) for rounds in few] == [[1], [1], [2], [4]]
+    assert [changes("gradual", rounds)[-1] for rounds in few] == [1, 2, 2, 5]
+    assert [changes("dynamic", rounds)[-1] for rounds in few] == [1, 2, 3, 6]
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 8])
+@pytest.mark.parametrize("schedule", ["gradual", "one-shot", "dynamic"])
+def test_however_few_the_rounds_the_mask_comes_in_time(schedule, rounds):
+    experiment = SMALL.replace(mask_ratio=0.8, mask_schedule=schedule, rounds=rounds)
+    state, _, _ = play(experiment)[-1]
+    assert int((~state.optimizer["mask"]).sum()) == round(0.8 * int(prunable(experiment).sum()))
+
+
+PRUNED = SMALL.replace(rounds=2, mask_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    "begun", [{"start": SMALL.replace(rounds=2), "start_recipe": fk.Recipe(prune_ratio=0.5)}, {"start": PRUNED}]
+)
+def test_gradual_pruning_goes_on_from_what_a_start_has_lost(begun):
+    experiment = SMALL.replace(mask_ratio=0.9, rounds=10, **begun)
+    total = int(prunable(experiment).sum())
+    gone = [total - int((s.optimizer["mask"] & prunable(experiment)).sum()) for s, _, _ in play(experiment)]
+    before = round(0.5 * total) / total
+    assert gone == [round((0.9 - (0.9 - before) * (1 - min(n, 6) / 6) ** 3) * total) for n in range(1, 11)]
+
+
+def test_a_dynamic_mask_after_a_pruned_start_lacks_the_smallest_weights():
+    begun = {"start": SMALL.replace(rounds=2), "start_recipe": fk.Recipe(prune_ratio=0.5)}
+    job = made(SMALL.replace(mask_ratio=0.8, mask_schedule="dynamic", **begun))
+    where = prunable(job.experiment)
+    size = job.initial.abs()[where]
+    largest = size.topk(len(size) - round(0.8 * len(size))).indices
+    assert torch.equal(torch.nonzero(first_mask(job)[where])[:, 0], largest.sort().values)
+    assert first_mask(job)[~where].all()
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        {"mask_schedule": "fixed"},
+        {"mask_schedule": "dynamic"},
+        {"mask_schedule": "fixed", "start": SMALL.replace(rounds=1), "start_recipe": fk.Recipe(prune_ratio=0.2)},
+    ],
+)
+def test_another_seed_draws_another_random_mask(drawn):
+    """Two masks drawn apart, of half of the weights each, share no more than chance has them share."""
+    experiment = SMALL.replace(mask_ratio=0.5, **drawn)
+    where = prunable(experiment)
+    masks = [first_mask(made(experiment.replace(seed=seed)))[where] for seed in range(3)]
+    chance = 0.5**2 / (0.8 if "start" in drawn else 1.0)
+    for one, other in itertools.combinations(masks, 2):
+        assert (one & other).double().mean().item() == pytest.approx(chance, abs=0.02)
+    assert torch.equal(masks[1], first_mask(made(experiment.replace(seed=1, lr=0.01)))[where])
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.8])
+@pytest.mark.parametrize("rounds", [5, 10])
+def test_a_dynamic_mask_exchanges_by_a_cosine_that_ends_after_the_last_exchange(ratio, rounds):
+    """FedDST: alpha / 2 (1 + cos(pi t / T)) of the kept weights, alpha 0.2; every exchange exchanges something."""
+    experiment = SMALL.replace(mask_ratio=ratio, mask_schedule="dynamic", rounds=rounds)
+    total = int(prunable(experiment).sum())
+    masks = [first_mask(made(experiment))] + [s.optimizer["mask"] for s, _, _ in play(experiment)]
+    gone = [int((before & ~after).sum()) for before, after in itertools.pairwise(masks)]
+    last = -(-3 * rounds // 4)
+    kept = total - round(ratio * total)
+    asked = [round(0.1 * (1 + np.cos(np.pi * t / (last + 1))) * kept) for t in range(1, last + 1)]
+    assert gone == asked + [0] * (rounds - last) and gone[last - 1] > 0
 
 
 def test_gradual_pruning_never_lets_go_of_a_zero_and_follows_the_cubic():
@@ -179,7 +247,7 @@ def test_channels_that_are_gone_make_rounds_smaller():
 # ---- quantization-aware training
 
 
-@pytest.mark.parametrize(("dtype", "model"), [("int8", "mlp"), ("int4", "mlp"), ("int8", "tiny_cnn")])
+@pytest.mark.parametrize(("dtype", "model"), [("int8", "mlp"), ("int4", "mlp"), ("int2", "tiny_cnn")])
 def test_qat_equals_autograd_through_a_straight_estimator(dtype, model):
     """One client, one step: forward and backward with rounded weights, the step on the real ones."""
     data = "tiny_images" if model == "tiny_cnn" else "blobs"
@@ -189,7 +257,8 @@ def test_qat_equals_autograd_through_a_straight_estimator(dtype, model):
     job = made(experiment)
     module = copy.deepcopy(job.model.module)
     torch.nn.utils.vector_to_parameters(job.initial.clone(), module.parameters())
-    rounded = {n: quantized(p.detach(), dtype).requires_grad_() for n, p in module.named_parameters()}
+    rounded = {n: quantized(p.detach(), dtype if p.ndim > 1 else "bf16").requires_grad_()
+               for n, p in module.named_parameters()}  # fmt: skip
     x, y = job.inputs(job.shards[0]), job.y[job.shards[0]]
     F.cross_entropy(torch.func.functional_call(module, rounded, (x,)), y).backward()
     expected = torch.cat([
@@ -206,7 +275,7 @@ def test_qat_agrees_on_both_paths_and_is_evaluated_on_its_grid():
     on_grid = job.on_grid(fast[0].weights)
     for name, tensor in job.model.layout.tensors(on_grid).items():
         original = job.model.layout.tensors(fast[0].weights)[name]
-        assert torch.equal(tensor, quantized(original, "int4"))
+        assert torch.equal(tensor, quantized(original, "int4" if original.ndim > 1 else "bf16"))
     logits = job.logits(on_grid, job.dataset.validation)
     assert (logits.argmax(1) == job.dataset.validation.y).double().mean().item() == fast[1].accuracy
 
@@ -372,7 +441,14 @@ def test_a_client_that_starts_from_another_run_is_sent_it_whole_once():
 
 
 @pytest.mark.parametrize(
-    "extra", [{"mask_ratio": 0.7}, {"strategy": "scaffold"}, {"mask_ratio": 0.7, "mask_schedule": "dynamic"}]
+    "extra",
+    [
+        {"mask_ratio": 0.7},
+        {"mask_ratio": 0.7, "strategy": "fedavgm"},
+        {"strategy": "scaffold"},
+        {"mask_ratio": 0.7, "mask_schedule": "dynamic"},
+        {"teacher": SMALL.replace(seed=3, rounds=1), "clients": 12},  # some are told of it later
+    ],
 )
 def test_a_compressed_run_that_was_stopped_goes_on_to_the_same_weights(extra, monkeypatch, tmp_path):
     import threading

@@ -151,6 +151,23 @@ def test_digest_sees_every_part() -> None:
     assert toy().digest == base.digest and len(base.digest) == 64
 
 
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_digest_sees_every_part_of_every_split(split: str) -> None:
+    def sited(split: str = "", **changes: torch.Tensor) -> Dataset:
+        parts = {"x": torch.zeros(4, 3), "y": torch.tensor([0, 1, 1, 0]), "site": torch.tensor([0, 1, 0, 1])}
+        splits = {name: Split(**parts | (changes if name == split else {})) for name in data.SPLITS}
+        return toy(**splits, sites=("north", "south"))
+
+    others = [
+        sited(split, x=torch.eye(4, 3)),
+        sited(split, x=torch.zeros(4, 3, dtype=torch.uint8)),
+        sited(split, y=torch.tensor([0, 1, 0, 1])),
+        sited(split, site=torch.tensor([1, 0, 1, 0])),
+        dataclasses.replace(sited(), sites=("south", "north")),
+    ]
+    assert len({sited().digest, *(other.digest for other in others)}) == 1 + len(others)
+
+
 def test_tables_with_sites_are_accepted() -> None:
     split = Split(torch.randn(3, 5), torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1]))
     values = dict.fromkeys(data.SPLITS, split)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import exp
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from fedlab_kit.federation.client import cohort_step
 from fedlab_kit.federation.devices import DEVICES, Device, client_mask, lateness, seconds, slice_mask, width
 from fedlab_kit.federation.messages import open_payload
 from fedlab_kit.federation.server import broadcast, server_step, start
-from fedlab_kit.federation.setup import task
+from fedlab_kit.federation.setup import rng_for, task
 from fedlab_kit.wire.links import LINKS
 
 SITES = Experiment(
@@ -169,20 +171,59 @@ def test_what_does_not_go_together_is_said_in_one_line(changes: dict[str, object
 # time
 
 
-@pytest.mark.usefixtures("small")
-def test_seconds_by_hand() -> None:
-    """Client 2, without load: 3 forwards of 40 samples at 1 MFLOP/s, then 1,000 bytes each way on rural ADSL."""
-    job = task(SITES.replace(devices="unequal"))
+def by_hand(client: int, down: int, up: int) -> float:
+    """Without load: 3 forwards of 40 samples at 1 MFLOP/s, and the bytes each way on the client's link."""
     work = 3 * 40 * 2 * (6 * 128 + 128 * 64 + 64 * 3) / 1e6
-    link = 2 * 0.02 + 8000 / 5e6 + 8000 / 0.6e6
-    assert seconds(job, 1, 2, 1000, 1000) == pytest.approx(work + link)
-    assert seconds(task(SITES), 1, 2, 1000, 1000) == 0
+    latency, towards, away = ((0.005, 100e6, 100e6), (0.025, 30e6, 10e6), (0.02, 5e6, 0.6e6))[client]
+    return work + 2 * latency + 8 * down / towards + 8 * up / away
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("client", [0, 1, 2])
+@pytest.mark.parametrize(("down", "up"), [(1000, 1000), (50_000, 0), (0, 50_000), (40_000, 3000)])
+def test_seconds_by_hand(client: int, down: int, up: int) -> None:
+    assert seconds(task(SITES.replace(devices="unequal")), 1, client, down, up) == pytest.approx(
+        by_hand(client, down, up)
+    )
+    assert seconds(task(SITES), 1, client, down, up) == 0
+
+
+def test_work_grows_with_epochs_and_other_work_comes_anew_for_each_client_and_round() -> None:
+    """The table's own devices: three epochs take thrice as long, and the rest is log-normal with their load."""
+    one, three = (task(SITES.replace(devices="unequal", local_epochs=n)) for n in (1, 3))
+    latency, work = (0.005, 0.005, 0.025), 3 * 40 * 2 * (6 * 128 + 128 * 64 + 64 * 3)
+    flops, load, drawn = (20e9, 5e9, 1e9), (0.1, 0.3, 0.5), []
+    for number in (1, 2, 3):
+        for client in range(3):
+            idle = 2 * latency[client]
+            busy = (seconds(one, number, client, 0, 0) - idle) * flops[client] / work
+            assert seconds(three, number, client, 0, 0) - idle == pytest.approx(3 * busy * work / flops[client])
+            normal = rng_for(SITES, "load", number, client).standard_normal()
+            assert busy == pytest.approx(exp(load[client] * normal), rel=1e-6)
+            drawn.append(normal)
+    assert len(set(drawn)) == 9
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("codecs", [{}, {"uplink": "topk", "uplink_keep": 0.05}, {"downlink": "int8"}])
+def test_the_deadline_is_about_the_bytes_of_each_way(codecs: dict[str, object]) -> None:
+    experiment = SITES.replace(devices="unequal", rounds=1, **codecs)
+    free = next(rounds(experiment))
+    slowest = max(by_hand(*sizes) for sizes in zip(free.cohort, free.downlinks, free.uplinks, strict=True))
+    assert next(rounds(experiment.replace(deadline=slowest + 0.01))).answered == (0, 1, 2)
+    assert next(rounds(experiment.replace(deadline=slowest - 0.01))).answered == (0, 1)
 
 
 @pytest.mark.usefixtures("small")
 def test_a_narrow_slice_takes_less_time() -> None:
     whole, sliced = task(SITES.replace(devices="unequal")), task(SLICED)
     assert seconds(sliced, 1, 2, 0, 0) < 0.15 * seconds(whole, 1, 2, 0, 0)
+    all_of_it = 6 * 128 + 128 + 128 * 64 + 64 + 64 * 3 + 3
+    for client, (first, second) in enumerate(((128, 64), (64, 32), (32, 16))):  # work as the share of weights held
+        held = 6 * first + first + first * second + second + second * 3 + 3
+        idle = 2 * (0.005, 0.025, 0.02)[client]
+        busy = by_hand(client, 0, 0) - idle
+        assert seconds(sliced, 1, client, 0, 0) - idle == pytest.approx(busy * held / all_of_it)
 
 
 @pytest.mark.usefixtures("small")

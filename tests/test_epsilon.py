@@ -79,6 +79,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]:
         CLIENTS.replace(devices="unequal", deadline=1e-6, dropout=0.9),
         CLIENTS.replace(local_epochs=3, teacher=CLIENTS.replace(rounds=4), start=CLIENTS.replace(rounds=4)),
         CLIENTS.replace(start=CLIENTS.replace(rounds=1, start=CLIENTS.replace(rounds=2, local_epochs=2))),
+        SMALL.replace(start=SMALL),  # the same releases twice are twice as many
+        CLIENTS.replace(start=CLIENTS),
+        CLIENTS.replace(lr=0.2, start=CLIENTS, teacher=CLIENTS.replace(lr=0.3)),
     ],
 )
 def test_epsilon_is_what_opacus_counts_while_it_trains(experiment: fk.Experiment, taken: dict) -> None:
@@ -98,6 +101,12 @@ def test_epsilon_is_what_opacus_counts_while_it_trains(experiment: fk.Experiment
     assert run.epsilon(DELTA) == pytest.approx(max(by_hand(*entries) for entries in steps.values()), rel=1e-6)
     if experiment.deadline:
         assert not any(record.answered for record in run.records) and run.epsilon(DELTA) > 0
+
+
+@pytest.mark.parametrize("entry", [(1.3, 0.2, 3), (0.9, 1.0, 1), (1.0, 0.05, 40)])
+def test_the_same_release_again_costs_as_much_again(entry: tuple[float, float, int]) -> None:
+    for times in (1, 2, 3):
+        assert privacy.spent([entry] * times, DELTA) == pytest.approx(by_hand(*[entry] * times), rel=1e-6)
 
 
 def test_the_round_under_way_counts_and_the_one_that_diverged() -> None:
@@ -325,6 +334,9 @@ def test_what_is_outside_is_named_for_what_was_asked() -> None:
     assert privacy.outside(OFF) == ()
     static, dynamic = (fk.Recipe(dtype="int8", quantization=how) for how in ("static", "dynamic"))
     assert set(privacy.outside(SMALL, static)) - set(privacy.outside(SMALL, dynamic)) == {"calibration ranges"}
+    counted = static.replace(calibration="entropy")
+    assert set(privacy.outside(SMALL, counted)) - set(privacy.outside(SMALL, static)) == {"calibration histograms"}
+    assert privacy.outside(SMALL, dynamic.replace(calibration="entropy")) == privacy.outside(SMALL, dynamic)
     sites = SMALL.replace(dataset="blobs_at_sites", partition="site", strategy="feddf")
     more = {"sites' sums and squares", "local baselines", "public samples"}
     assert set(privacy.outside(sites)) == always | {"sample counts"} | more

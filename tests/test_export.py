@@ -1,5 +1,6 @@
 """Exported folders: whole or absent, measured on the exported file, and really reproducible from the code in them."""
 
+import csv
 import json
 import os
 import re
@@ -218,6 +219,19 @@ def test_the_table_is_that_of_the_points_without_folders_of_this_machine(folder,
     assert table["earlier"].tolist() == [True, False] and set(table["run"]) == {points[0]["run"]}
     assert table[["when", "machine"]].values.tolist() == [[point["when"], point["machine"]] for point in points]
     assert str(points[0]["path"].parent) not in (folder / "points.csv").read_text()
+
+
+def test_no_cell_of_the_table_is_a_formula_and_all_of_it_is_found_again(run, artifact, points, tmp_path):
+    words = ['=HYPERLINK("http://a.b")', "+1;=2", "-x", "@SUM(A1)", "\t=1", "'quoted", "a,=b", "it's -5", "-5"]
+    rows = [{**points[0], "note": word, "loss": -0.5} for word in words]
+    file = export(tmp_path / "made", artifact, run, rows) / "points.csv"
+    with file.open(newline="") as lines:
+        cells = [cell for line in csv.reader(lines) for cell in line]
+    parts = [part for cell in cells for part in re.split(r"[;,\t\r\n]", cell)]
+    assert {part for part in parts if part.startswith(tuple("=+-@"))} == {"-0.5", "-5"}  # numbers
+    table = pandas.read_csv(file, dtype={"note": str})
+    assert [re.sub(r"(^|[;,\t\r\n])'", r"\1", name) for name in table["note"]] == words
+    assert table["loss"].tolist() == [-0.5] * len(words)
 
 
 def test_the_report_needs_nothing_beside_it_and_reads_without_its_pictures(folder, artifact):

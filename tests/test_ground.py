@@ -5,15 +5,19 @@ import shutil
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fedlab_kit as fk
 from fedlab_kit.federation import rounds as loop
+from fedlab_kit.federation.client import plan
 from fedlab_kit.federation.devices import client_mask
+from fedlab_kit.federation.messages import open_payload, pack_payload
 from fedlab_kit.federation.server import start
-from fedlab_kit.federation.setup import task
+from fedlab_kit.federation.setup import rng_for, task
 from fedlab_kit.models import build
 from fedlab_kit.runs import parents_of
 from fedlab_kit.wire.frame import HEADER
@@ -130,19 +134,122 @@ def test_state_is_the_weighted_mean_of_what_the_clients_had():
     assert state.state[-1] == mean[-1].round()
 
 
-@pytest.mark.parametrize("how", [h for h in HOW if h.get("strategy") != "median"])
-def test_what_was_refused_did_not_happen(how):
+def module_of(job, name, weights, state):
+    """A client's model by torch alone: `weights` [P] and `state` [S] lie in the order of parameters and buffers."""
+    net = build(name, (6,), 3, job.experiment.seed)
+    vector_to_parameters(weights.clone(), net.parameters())
+    for buffer, part in zip(net.buffers(), state.split([b.numel() for b in net.buffers()]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+    return net.eval()
+
+
+def listening(answers):
+    """An exchange that also opens what the clients of round one send."""
+
+    def exchange(job, round, broadcasts, kept, stop):
+        got = loop.in_process(job, round, broadcasts, kept, stop)
+        answers.update({c: open_payload(job, round, payload, None) for c, payload in got.payloads.items()})
+        return got
+
+    return exchange
+
+
+@pytest.mark.parametrize("clients", [3, 4])
+def test_the_state_of_a_median_is_the_median_of_the_states(clients):
+    experiment = SMALL.replace(model="normed", strategy="median", rounds=1, clients_per_round=clients)
+    answers = {}
+    state, _ = played(experiment, listening(answers))[0]
+    middle = np.median(torch.stack([answer.state for answer in answers.values()]).numpy(), axis=0)
+    np.testing.assert_allclose(state.state[:-1].numpy(), middle[:-1], rtol=1e-6, atol=1e-6)
+    assert state.state[-1] == np.rint(middle[-1]) and len(answers) == clients
+
+
+@pytest.mark.parametrize("place", range(8, 16))
+def test_a_running_variance_below_zero_is_refused(place):
+    """It would make every later answer NaN; a mean may be below zero, and is in the honest state."""
+    experiment = SMALL.replace(model="normed", rounds=2)
+    job = task(experiment)
+
+    def bent(round, client, payload):
+        answer = open_payload(job, round, payload, None)
+        assert bool((answer.state[:8] < 0).any())
+        answer.state[place] = -1e-6
+        return pack_payload(job, round, client, answer, None, {})[0] if round == 1 else payload
+
+    (state, record), (_, after) = played(experiment, forged(bent))
+    assert {why for _, why in record.refused} == {"a running variance below zero"} and not record.answered
+    assert torch.equal(state.state, job.initial_state) and not after.refused
+
+
+@pytest.mark.parametrize("size", [7, 19])
+@pytest.mark.parametrize("model", ["normed", "cumulative"])
+def test_a_batch_of_one_sample_is_normalized_by_what_was_seen_before(model, size):
+    """Batch by batch in torch: a last batch of one has no variance, so BatchNorm is in evaluation mode for it."""
+    experiment = SMALL.replace(model=model, partition="iid", rounds=1, clients_per_round=6, batch_size=size, clients=6)
+    job, answers, alone = task(experiment), {}, 0
+    played(experiment, listening(answers))
+    for client, answer in answers.items():
+        net = module_of(job, model, job.initial, job.initial_state).train()
+        for batch in plan(job, 1, client):
+            index = torch.from_numpy(batch[batch >= 0])
+            net[1].train(len(index) > 1)
+            alone += len(index) == 1
+            net.zero_grad()
+            nn.functional.cross_entropy(net(job.inputs(index)), job.y[index]).backward()
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter -= experiment.lr * parameter.grad
+        torch.testing.assert_close(job.initial + answer.update, parameters_to_vector(net.parameters()).detach())
+        buffers = torch.cat([buffer.double().reshape(-1) for buffer in net.buffers()])
+        torch.testing.assert_close(answer.state, buffers, rtol=1e-5, atol=1e-6)
+    assert len(answers) == 6 and alone == (6 if size == 19 else 0)
+
+
+@pytest.mark.parametrize("model", ["normed", "cumulative"])
+def test_the_members_of_an_ensemble_answer_with_statistics_of_their_own(model):
+    """FedDF by hand: what the average learns is said by each client's weights together with that client's buffers."""
+    experiment = SMALL.replace(model=model, strategy="feddf", rounds=1, temperature=2.0, server_epochs=2, lr=0.3)
+    job, answers = task(experiment), {}
+    state, _ = played(experiment, listening(answers))[0]
+    x, n = job.dataset.preprocess(job.dataset.public.x), sum(a.samples for a in answers.values())
+    with torch.no_grad():
+        members = [module_of(job, model, job.initial + a.update, a.state)(x) for a in answers.values()]
+        wanted = torch.stack(members).mean(0)
+    average = module_of(job, model, job.initial + sum(a.samples / n * a.update for a in answers.values()), state.state)
+    optimizer = torch.optim.SGD(average.parameters(), lr=experiment.lr)
+    for epoch in range(2):
+        for index in torch.from_numpy(rng_for(experiment, "public", 1, epoch).permutation(len(x))).split(20):
+            optimizer.zero_grad()
+            told, given = ((logits[index] / 2).log_softmax(1) for logits in (wanted, average(x)))
+            (4 * nn.functional.kl_div(given, told, reduction="batchmean", log_target=True)).backward()
+            optimizer.step()
+    torch.testing.assert_close(state.weights, parameters_to_vector(average.parameters()).detach(), rtol=0, atol=1e-5)
+
+
+NEWS = [  # what a client is told once, and not again when it has answered
+    {"teacher": SMALL.replace(seed=3, rounds=1)},
+    {"start": SMALL.replace(rounds=1), "start_recipe": fk.Recipe(prune_ratio=0.5)},
+    {"mask_ratio": 0.6, "mask_schedule": "one-shot", "rounds": 3},
+]
+
+
+@pytest.mark.parametrize("when", [1, 2])
+@pytest.mark.parametrize("how", [h for h in HOW + NEWS if h.get("strategy") != "median"])
+def test_what_was_refused_did_not_happen(how, when):
     """A damaged payload leaves server and client as if that client had dropped out."""
     experiment = SMALL.replace(clients=4, clients_per_round=4, **how)
 
     def absent(job, round, broadcasts, kept, stop):
-        asked = {c: b for c, b in broadcasts.items() if (round, c) != (2, 1)}
+        asked = {c: b for c, b in broadcasts.items() if (round, c) != (when, 1)}
         return loop.in_process(job, round, asked, kept, stop)
 
     there, here = {}, {}
-    damaged = played(experiment, forged(lambda r, c, p: p[:-3] if (r, c) == (2, 1) else p), there)
+    damaged = played(experiment, forged(lambda r, c, p: p[:-3] if (r, c) == (when, 1) else p), there)
     missing = played(experiment, absent, here)
-    assert damaged[1][1].refused[0][0] == 1 and 1 not in damaged[1][1].answered
+    assert [record.refused[0][0] for _, record in damaged if record.refused] == [1]
+    assert 1 not in damaged[when - 1][1].answered
+    sent = [[record.downlink_bytes for _, record in states] for states in (damaged, missing)]
+    assert sent[0] == sent[1] if when == 1 else sum(sent[0]) >= sum(sent[1])  # what it may not have is told again
     assert torch.equal(damaged[-1][0].weights, missing[-1][0].weights)
     assert {c: set(m) for c, m in there.items()} == {c: set(m) for c, m in here.items()}
     assert all(torch.equal(there[c][name], here[c][name]) for c in there for name in there[c])
@@ -173,22 +280,36 @@ def test_nobody_owns_the_average_by_claiming_samples():
     assert torch.equal(states[0][0].weights, task(SMALL).initial)
 
 
+def times(payload, factor):
+    """The same payload, of one fp32 frame, with every number larger."""
+    body = np.frombuffer(payload[HEADER.size :], np.float32) * np.float32(factor)
+    number, flags, samples, length, _ = HEADER.unpack_from(payload)
+    return claiming(HEADER.pack(number, flags, samples, length, 0) + body.tobytes(), samples)
+
+
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "scaffold"])
 def test_an_absurd_update_is_refused_by_name_and_the_run_goes_on(strategy):
-    import numpy as np
-
     def huge(round, client, payload):
-        if (round, client) != (1, victim):
-            return payload
-        body = np.frombuffer(payload[HEADER.size :], np.float32) * np.float32(1e6)
-        number, flags, samples, length, _ = HEADER.unpack_from(payload)
-        return claiming(HEADER.pack(number, flags, samples, length, 0) + body.tobytes(), samples)
+        return times(payload, 1e6) if (round, client) == (1, victim) else payload
 
     experiment = SMALL.replace(strategy=strategy if strategy != "scaffold" else "fedavgm")
     victim = played(experiment.replace(rounds=1))[0][1].cohort[0]
     records = [record for _, record in played(experiment, forged(huge))]
     assert records[0].refused[0][0] == victim and "times as long as the median" in records[0].refused[0][1]
     assert len(records) == experiment.rounds and not records[-1].diverged
+
+
+def test_under_client_level_privacy_an_absurd_update_is_clipped_and_heard():
+    """Whether one is absurd hangs on the others, so refusing it would tell of them: it moves the sum by the clip."""
+    experiment = SMALL.replace(
+        clients_per_round=5, privacy="client", clip_norm=0.01, noise_multiplier=0.0, rounds=1, local_epochs=3
+    )
+    honest, record = played(experiment)[0]
+    assert len(record.answered) >= 3
+    for victim in record.answered:
+        state, heard = played(experiment, forged(lambda r, c, p, v=victim: times(p, 1e6) if c == v else p))[0]
+        assert not heard.refused and heard.answered == record.answered
+        torch.testing.assert_close(state.weights, honest.weights, rtol=0, atol=1e-6)
 
 
 def test_unlike_clients_are_not_called_liars():
@@ -264,6 +385,21 @@ def test_own_normalization_never_leaves_a_client():
         fk.compress(run, fk.Recipe())
     with pytest.raises(ValueError, match="normalization must be shared for model 'mlp'"):
         fk.train(SMALL.replace(normalization="own"))
+
+
+@pytest.mark.parametrize("how", [h for h in HOW if "mask_ratio" not in h])
+def test_own_normalization_goes_with_every_strategy_and_codec(how):
+    """What is not shared stays as it began in the global model, and no frame has room for it."""
+    experiment = SMALL.replace(model="normed", normalization="own", **how)
+    states = played(experiment)
+    job, linear = states[0][0].task, 6 * 8 + 8 + 8 * 3 + 3
+    assert int(job.shared.sum()) == linear
+    for state, record in states:
+        assert not record.refused and record.loss is not None
+        assert torch.equal(state.weights[~job.shared], job.initial[~job.shared])
+        assert not torch.equal(state.weights[job.shared], job.initial[job.shared])
+        if "uplink" not in how:
+            assert set(record.uplinks) == {(14 + 4 * linear) * (2 if how.get("strategy") == "scaffold" else 1)}
 
 
 def test_statistics_of_samples_do_not_leave_under_privacy():

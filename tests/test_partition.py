@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlab_kit.data import Dataset, Preprocess, Split
-from fedlab_kit.partition import _without_empty, label_counts, partition
+from fedlab_kit.partition import _without_empty, held_out, label_counts, partition
 
 
 def toy(labels: list[int], classes: int, sites: list[int] | None = None) -> Dataset:
@@ -118,6 +120,33 @@ def test_the_number_of_clients_must_be_the_number_of_sites() -> None:
 def test_a_site_without_training_samples_is_named() -> None:
     with pytest.raises(ValueError, match="site 'b' has no training samples"):
         partition(toy([0, 1, 0], 2, sites=[0, 2, 2]), "site", 3, 1.0, 0)
+
+
+@pytest.mark.parametrize("scheme", ["iid", "dirichlet", "shards"])
+@pytest.mark.parametrize("seed", range(5))
+def test_validation_is_dealt_out_as_training_is(scheme: str, seed: int) -> None:
+    """Of each class everybody gets their share, to within one sample, and nobody who never trained on it gets any."""
+    data = toy([i % 5 for i in range(300)], 5)
+    held = replace(data, validation=Split(torch.zeros(130, 2), torch.arange(130) % 5))
+    shards = partition(data, scheme, 8, 0.3, seed)
+    owner = held_out(held, shards, scheme, seed)
+    assert owner.shape == (130,) and torch.equal(owner, held_out(held, shards, scheme, seed))
+    assert not torch.equal(owner, held_out(held, shards, scheme, seed + 1))  # which of them is left to chance
+    for label in range(5):
+        trained = np.array([int((data.train.y[shard] == label).sum()) for shard in shards])
+        given = np.bincount(owner[held.validation.y == label], minlength=8)
+        assert given.sum() == 26 and not given[trained == 0].any()
+        ends = 26 * trained.cumsum() / trained.sum()
+        assert (abs(given.cumsum() - ends) <= 0.5 + 1e-9).all()  # who comes first gets no more
+
+
+def test_a_class_that_nobody_holds_is_dealt_out_evenly_and_a_site_keeps_its_own() -> None:
+    data = toy([0] * 12, 2)
+    held = replace(data, validation=Split(torch.zeros(10, 2), torch.ones(10, dtype=torch.int64)))
+    shards = partition(data, "iid", 4, 1.0, 0)
+    assert sorted(np.bincount(held_out(held, shards, "iid", 0)).tolist()) == [2, 2, 3, 3]
+    sites = toy([0, 1, 0, 1], 2, sites=[1, 0, 0, 1])
+    assert held_out(sites, partition(sites, "site", 2, 1.0, 0), "site", 0).tolist() == [1, 0, 0, 1]
 
 
 def test_label_counts_by_hand() -> None:

@@ -161,6 +161,43 @@ def test_a_parent_that_changed_makes_another_run():
     assert runs.identify(SMALL.replace(teacher=SMALL.replace(model="mine"))) not in keys
 
 
+CHANGED = {  # another value for each field, and what it needs to be allowed
+    "dataset": "blobs_at_sites", "model": "logistic", "clients": 7, "clients_per_round": 3, "partition": "iid",
+    "alpha": 0.6, "rounds": 6, "local_epochs": 2, "batch_size": 11, "lr": 0.06, "strategy": "fedprox",
+    "normalization": "own", "proximal_mu": 0.02, "server_lr": 0.9, "server_momentum": 0.8, "adam_lr": 0.02,
+    "dropout": 0.1, "devices": "unequal", "deadline": 9.0, "mask_ratio": 0.5, "mask_schedule": "dynamic",
+    "qat": "int8", "teacher": SMALL.replace(seed=1), "temperature": 3.0, "distill_weight": 0.4, "server_epochs": 3,
+    "start": SMALL.replace(seed=1), "start_recipe": fk.Recipe(prune_ratio=0.5), "uplink": "int8", "uplink_keep": 0.02,
+    "downlink": "int8", "downlink_keep": 0.05, "bucket": 64, "rounding": "nearest", "error_feedback": False,
+    "zstd": True, "privacy": "client", "clip_norm": 0.9, "noise_multiplier": 0.9, "seed": 8, "device": "cuda",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", fk.Experiment.model_fields)
+def test_every_field_is_part_of_the_key(name):
+    before = SMALL.replace(start=SMALL) if name == "start_recipe" else SMALL
+    assert runs.identify(before) != runs.identify(before.replace(**{name: CHANGED[name]}))
+
+
+@pytest.mark.parametrize("change", [{"prune": "channel"}, {"prune_ratio": 0.3}])
+@pytest.mark.parametrize("role", ["start", "teacher"])
+def test_every_field_of_a_start_recipe_is_part_of_the_key_of_the_grandchild_too(role, change):
+    recipe = fk.Recipe(prune_ratio=0.2)
+    parents = [SMALL.replace(start=SMALL, start_recipe=r) for r in (recipe, recipe.replace(**change))]
+    assert len({runs.identify(parent) for parent in parents}) == 2
+    assert len({runs.identify(SMALL.replace(**{role: parent})) for parent in parents}) == 2
+
+
+def test_a_start_and_a_teacher_are_told_apart():
+    """Whatever is a parent, and as what: each way is a key of its own, and a run of its own."""
+    a, b = SMALL.replace(seed=1), SMALL.replace(seed=2)
+    ways = [{"start": s, "teacher": t} for s in (None, a, b) for t in (None, a, b)]
+    nested = [{"start": a.replace(teacher=b)}, {"start": a.replace(start=b)}, {"teacher": a.replace(start=b)}]
+    assert len({runs.identify(SMALL.replace(**way)) for way in ways + nested}) == len(ways) + len(nested)
+    begun, taught = (fk.train(SMALL.replace(rounds=1, **{role: a})) for role in ("start", "teacher"))
+    assert not taught.from_store and not torch.equal(begun.weights, taught.weights)
+
+
 def test_changed_data_is_another_run():
     def made(offset):
         from worlds import blobs

@@ -1,5 +1,7 @@
 """Sweeps: every combination, from the store where it can be, in processes where it pays; and what to choose."""
 
+import os
+import re
 import threading
 
 import numpy as np
@@ -9,8 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedlab_kit as fk
-from fedlab_kit import training
+from fedlab_kit import runs, training
+from fedlab_kit.deployment import artifact, measure
+from fedlab_kit.deployment.artifact import load
 from fedlab_kit.deployment.fleet import choose, front
+from fedlab_kit.files import StoreError
+from fedlab_kit.lab.compressor import Compressor
+from fedlab_kit.lab.marks import Marks
+from fedlab_kit.lab.points import Points
+from fedlab_kit.runs import find, history
+from fedlab_kit.store import when_and_where
 from fedlab_kit.sweep import pareto, spread, sweep
 
 SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=2, lr=0.05)
@@ -132,8 +142,154 @@ def test_a_point_that_cannot_be_had_says_why_and_the_others_are_measured():
     table = sweep(SMALL.replace(lr=0.05, rounds=60, local_epochs=20), {"lr": [0.05, 10.0]})
     good, bad = table.to_dict("records")
     assert good["note"] == "" and good["front"]
-    assert bad["note"].startswith("diverged")
+    assert bad["note"].startswith("mlp as fp32: diverged")
     assert np.isnan(bad["accuracy"]) and np.isnan(bad["bytes"]) and not bad["front"] and bad["path"] is None
+
+
+def errors():
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, NotImplemented
+
+    return [
+        ValueError("it does not fit"), StoreError("cannot write there: No space left on device"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory:\nyou tried to allocate 8 GB"), MemoryError(),
+        Fail("[ONNXRuntimeError] : 1 : FAIL : Load model failed"), NotImplemented("Could not find an implementation"),
+        AttributeError("'GRU' object has no attribute 'out_channels'"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", errors(), ids=lambda error: type(error).__name__)
+def test_whatever_one_point_ends_in_is_a_row_that_names_model_and_recipe(error, monkeypatch):
+    real = artifact._converted
+
+    def converted(subject, recipe, model):
+        if recipe.dtype == "int8":
+            raise error
+        return real(subject, recipe, model)
+
+    monkeypatch.setattr(artifact, "_converted", converted)
+    grid = {"dtype": ["fp32", "int8", "fp16"], "prune_ratio": [0.5], "quantization": ["dynamic"]}
+    first, bad, last = sweep(SMALL, grid).to_dict("records")
+    assert first["bytes"] > last["bytes"] > 0 and first["note"] == last["note"] == ""
+    words = " ".join(str(error).split()) or "MemoryError"
+    assert bad["note"].startswith("mlp as weight 0.5 int8 dynamic: ") and words in bad["note"]
+    with pytest.raises((ValueError, StoreError), match=re.escape(words)) as alone:
+        fk.compress(find(SMALL), fk.Recipe(dtype="int8"))
+    assert "\n" not in str(alone.value) and "\n" not in bad["note"] and bad["path"] is None and not bad["front"]
+    assert all(np.isnan(bad[name]) for name in ("accuracy", "bytes", "zstd_bytes", "latency_ms", "low", "high"))
+    assert bad["uplink_bytes"] == first["uplink_bytes"] > 0  # the run was made
+    assert not list(find(SMALL).path.glob("artifacts/*int8*"))
+
+
+def test_an_interrupt_still_ends_a_sweep(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifact, "_converted", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(SMALL, {"dtype": ["fp32", "int8"]})
+
+
+def test_what_cannot_be_trained_is_a_row():
+    table = sweep(SMALL, {"model": ["cnn", "mlp"]})
+    bad, good = table.to_dict("records")
+    assert bad["note"].startswith("cnn as fp32: samples must be images") and np.isnan(bad["uplink_bytes"])
+    assert good["note"] == "" and good["front"] and not bad["front"]
+
+
+def test_fields_that_do_not_go_together_are_a_row():
+    table = sweep(SMALL, {"clients_per_round": [4, 7], "dtype": ["fp32", "fp16"]})
+    assert [note == "" for note in table["note"]] == [True, True, False, False]
+    assert table["note"][2] == "mlp as fp32: clients_per_round must be at most clients (6), got 7"
+
+
+def test_a_run_that_is_damaged_is_a_row_with_the_remedy():
+    sweep(SMALL, {"seed": [1, 2]})
+    (find(SMALL.replace(seed=1)).path / "state.safetensors").write_bytes(b"cut")
+    bad, good = sweep(SMALL, {"seed": [1, 2]}).to_dict("records")
+    assert "delete the run's folder to run it again" in bad["note"] and good["accuracy"] > 0
+
+
+GRID = {"prune": ["weight", "channel"], "prune_ratio": [0, 0.5], "dtype": ["fp32", "int8"]}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The names of the files that are made."""
+    real, names = artifact._compress, []
+
+    def compress(subject, recipe, folder):
+        done = real(subject, recipe, folder)
+        names.append(done.path.name)
+        return done
+
+    monkeypatch.setattr(artifact, "_compress", compress)
+    return names
+
+
+def test_what_was_measured_is_not_made_again(made):
+    table = sweep(SMALL, GRID)
+    assert len(table) == 8 and len(made) == len(set(made)) == 6  # at ratio 0 both ways of pruning are one file
+    made.clear()
+    assert sweep(SMALL, GRID).equals(table) and made == []
+    assert load(table["path"][0]).accuracy == table["accuracy"][0]
+
+
+def test_what_is_damaged_is_made_again_and_said(made):
+    table = sweep(SMALL, GRID)
+    path = table["path"].iloc[-1]
+    card, compressed = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.zst")
+    flattered = re.sub(rb'"accuracy": [0-9.]+', b'"accuracy": 1.0', card.read_bytes())
+    for damage in (
+        lambda: os.truncate(path, 5000), lambda: os.remove(path), lambda: path.write_bytes(bytes(5000)),
+        lambda: os.truncate(compressed, 100), lambda: os.remove(compressed),
+        lambda: os.truncate(card, 100), lambda: card.write_bytes(flattered),
+    ):  # fmt: skip
+        made.clear()
+        damage()
+        with pytest.warns(UserWarning, match=f"{path.name} or a file beside it is cut or altered; it is made again"):
+            again = sweep(SMALL, GRID)
+        assert made == [path.name] and again["zstd_bytes"].equals(table["zstd_bytes"])
+        assert again["accuracy"].equals(table["accuracy"])
+    made.clear()
+    os.remove(card)  # without a card nobody can tell that anything was there
+    assert len(sweep(SMALL, GRID)) == 8 and made == [path.name]
+
+
+@pytest.mark.parametrize("what", ["code", "versions"])
+def test_what_other_code_or_another_version_made_is_made_again(made, monkeypatch, what):
+    sweep(SMALL, GRID)
+    made.clear()
+    today = artifact._made_by()
+    monkeypatch.setattr(artifact, "_made_by", lambda: {**today, what: {"torch": "1.0"}})
+    sweep(SMALL, GRID)
+    assert len(made) == 6
+
+
+def test_what_another_machine_made_is_timed_again_and_nothing_else(made, monkeypatch):
+    table = sweep(SMALL, GRID)
+    load(table["path"][1]).test()
+    made.clear()
+    here = when_and_where()
+    monkeypatch.setattr(artifact, "when_and_where", lambda: {**here, "machine": "another one"})
+    monkeypatch.setattr(measure, "latencies", lambda sessions, x: [measure.Timing(0.25, 0.0)])
+    again = sweep(SMALL, GRID)
+    times = ["latency_ms", "throughput"]
+    assert made == [] and (again[times] == [250.0, 256.0]).all(axis=None)
+    assert again.drop(columns=times).equals(table.drop(columns=times))
+    card = load(table["path"][1]).card
+    assert card["machine"] == "another one" and card["measured"]["latency_ms"] == 250.0 and "test" in card
+    monkeypatch.setattr(measure, "latencies", None)  # once is enough
+    assert sweep(SMALL, GRID).equals(again)
+
+
+def test_a_bench_takes_over_what_a_sweep_has_measured(made):
+    sweep(SMALL, GRID)
+    made.clear()
+    compressor = Compressor(Points(Marks(runs.runs_folder()), history()[0]))
+    compressor.ask(find(SMALL), fk.Recipe(dtype="int8"))
+    while compressor.busy:
+        compressor.watch(0.1)
+    assert made == [] and compressor.points.current.recipe.dtype == "int8" and not compressor.error
 
 
 def test_spread_over_seeds():

@@ -4,6 +4,7 @@ From the package the loop takes the data, the shards, the first weights, each ro
 numbers; what is done with them is written below, one client after the other, on one vector of weights.
 """
 
+import contextlib
 import functools
 import itertools
 from collections import defaultdict
@@ -17,6 +18,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fedlab_kit as fk
 from fedlab_kit.data import load
+from fedlab_kit.federation.fast_path import Stack
 from fedlab_kit.federation.setup import rng_for  # the only thing that is not public: who draws what from which seed
 from fedlab_kit.models import build
 
@@ -36,6 +38,12 @@ class Skipping(nn.Module):
 @fk.model
 def skipping(shape, classes):
     return Skipping(shape[0], classes)
+
+
+@fk.model
+def dropping(shape, classes):
+    """Draws from torch's own generator while it trains."""
+    return nn.Sequential(nn.Linear(shape[0], 12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, classes), nn.Dropout(0.1))
 
 
 @fk.model
@@ -64,7 +72,10 @@ class Textbook:
         self.velocity = self.first = self.second = self.control = torch.zeros_like(self.w)
         self.teacher = fk.train(self.e.teacher).model if self.e.teacher else None
         if self.e.start_recipe:
-            self.prune(self.e.start_recipe.prune_ratio)
+            self.prune(self.e.start_recipe.prune_ratio, self.w.abs())
+        if self.e.mask_ratio and self.e.mask_schedule in ("dynamic", "fixed"):
+            draws = torch.rand(len(self.w), generator=torch.Generator().manual_seed(self.e.seed))
+            self.prune(self.e.mask_ratio, draws)
 
     def _architecture(self):
         return self.e.model, self.data.shape, len(self.data.classes), self.e.seed
@@ -81,22 +92,41 @@ class Textbook:
     def client(self, round, client):
         e, view = self.e, self.view(client)
         start = self.receive(round, client) * view
-        c, own = self.control, self.kept["control", client]
+        c, own = self.control, self.kept["control", client] * self.mask  # of what is cut it learns when it is asked
         w, steps = start, 0
-        for gradient in (self.dp_sgd if e.privacy == "record" else self.sgd)(round, client):
-            slope = gradient(w)
-            if e.strategy == "fedprox":
-                slope = slope + e.proximal_mu * (w - start)
-            if e.strategy == "scaffold":
-                slope = slope + c - own
-            w, steps = (w - e.lr * slope) * view, steps + 1
+        with self.training(round, client):
+            for gradient in (self.dp_sgd if e.privacy == "record" else self.sgd)(round, client):
+                slope = gradient(w)
+                if e.strategy == "fedprox":
+                    slope = slope + e.proximal_mu * (w - start)
+                if e.strategy == "scaffold":
+                    slope = slope + c - own
+                w, steps = (w - e.lr * slope) * view, steps + 1
         update = w - start
         if e.strategy == "scaffold":  # option II
             new = own - c + (start - w) / (steps * e.lr)
             self.kept["control", client], self.kept["change", client] = new, new - own
         if e.privacy == "client":
             update = clip(update, e.clip_norm)
+        if self.exchanged(round):
+            self.kept["growth", client] = self.growth(round, client, w)
         return self.send(round, client, update)
+
+    @contextlib.contextmanager
+    def training(self, round, client):
+        """The model's own chance is of this client and this round; elsewhere it leaves nothing to chance."""
+        with torch.random.fork_rng():
+            torch.manual_seed(int(rng_for(self.e, "module", round, client).integers(2**63)))
+            self.model.train()
+            yield
+        self.model.eval()
+
+    def growth(self, round, client, w):
+        """The gradient where the mask has cut, of the whole shard: as many of its largest entries as will grow."""
+        gone = torch.nonzero(self.matrices & ~self.mask)[:, 0]
+        slope = self.gradient(w, torch.from_numpy(self.shards[client]))[gone]
+        largest = slope.abs().argsort(descending=True)[: self.exchanged(round)]
+        return torch.zeros_like(w).index_put((gone[largest],), slope[largest].half().float())
 
     def sgd(self, round, client):
         """One function from weights to gradient for each batch: every epoch a new order, the last batch shorter."""
@@ -135,14 +165,17 @@ class Textbook:
         return self.e.temperature**2 * (q * (q.log() - p.log())).sum(1).mean()
 
     def on_grid(self, w):
-        """Each row of a matrix to whole multiples of its largest magnitude / 127; the gradient passes unchanged."""
+        """Each row of a matrix to whole multiples of a step, the gradient passes unchanged.
+
+        A step is the row's largest magnitude / 127, in bfloat16, as are biases.
+        """
         if self.e.qat == "off":
             return w
         vector_to_parameters(w, self.model.parameters())
         rounded = []
         for p in (p.detach() for p in self.model.parameters()):
-            step = p.abs().amax(-1, keepdim=True) / 127
-            rounded.append((p / step).round() * step if p.ndim == 2 else p)
+            step = (p.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
+            rounded.append((p / step).round() * step if p.ndim == 2 else p.bfloat16().float())
         return flat(rounded)
 
     # ---- what travels
@@ -152,7 +185,8 @@ class Textbook:
         if self.e.downlink == "fp32":
             return self.w
         copy = self.kept.get(("copy", client), self.initial)
-        copy = (copy + self.squeezed(self.e.downlink, self.w - copy, self.e.downlink_keep)) * self.mask
+        rng = rng_for(self.e, "broadcast", round, client)
+        copy = (copy + self.squeezed(self.e.downlink, self.w - copy, self.e.downlink_keep, rng)) * self.mask
         self.kept["copy", client] = copy
         return copy
 
@@ -215,12 +249,14 @@ class Textbook:
             held = weight > 0
             delta = sum(n[client] * update for client, update in updates.items()) / weight.clamp(min=1)
         clients = [self.w + update for update in updates.values()]
-        self.w = self.w + self.step(delta) * held
+        self.w = (self.w + self.step(delta) * held) * self.mask  # noise falls on what is cut, too
         if e.strategy == "scaffold":
             self.control = self.control + sum(self.kept["change", client] for client in updates) / e.clients
         if e.strategy == "feddf":
             self.fuse(round, clients)
         self.prune_on_schedule(round)
+        if many := self.exchanged(round):
+            self.exchange(many, sum(n[client] * self.kept["growth", client] for client in n))
 
     def step(self, delta):
         e = self.e
@@ -251,16 +287,39 @@ class Textbook:
     def prune_on_schedule(self, round):
         e, last = self.e, -(-6 * self.e.rounds // 10)
         if e.mask_ratio and e.mask_schedule == "one-shot" and round == -(-e.rounds // 2):
-            self.prune(e.mask_ratio)
+            self.prune(e.mask_ratio, self.w.abs())
         if e.mask_ratio and e.mask_schedule == "gradual" and round <= last:
-            self.prune(e.mask_ratio * (1 - (1 - round / last) ** 3))  # Zhu and Gupta 2017
+            self.prune(e.mask_ratio * (1 - (1 - round / last) ** 3), self.w.abs())  # Zhu and Gupta 2017
 
-    def prune(self, ratio):
-        """The smallest magnitudes of all matrices together go, and with them what the server remembers there."""
+    def exchanged(self, round):
+        """How many weights a dynamic mask exchanges: a fifth of the kept at first, less by a cosine (FedDST)."""
+        last = -(-3 * self.e.rounds // 4)
+        if not self.e.mask_ratio or self.e.mask_schedule != "dynamic" or round > last:
+            return 0
+        kept = int((self.matrices & self.mask).sum())
+        return int(np.rint(0.1 * (1 + np.cos(np.pi * round / (last + 1))) * kept))
+
+    def exchange(self, many, slope):
+        """The smallest kept magnitudes go, and where the clients' mean gradient is steepest as many come.
+
+        What came in the last round may still be zero: of equals the first go, as the package says.
+        """
+        kept, gone = (torch.nonzero(self.matrices & where)[:, 0] for where in (self.mask, ~self.mask))
+        go = self.w[kept].abs().argsort(stable=True)[:many]
+        come = slope[gone].abs().argsort(stable=True, descending=True)[:many]
+        self.mask = self.mask.index_fill(0, kept[go], False).index_fill(0, gone[come], True)
+        self.cut()
+
+    def prune(self, ratio, scores):
+        """The lowest scores of all matrices together go."""
         candidates = torch.nonzero(self.matrices)[:, 0]
-        smallest = self.w[candidates].abs().argsort()[: round(ratio * len(candidates))]
+        lowest = scores[candidates].argsort()[: round(ratio * len(candidates))]
         self.mask = torch.ones_like(self.mask)
-        self.mask[candidates[smallest]] = False
+        self.mask[candidates[lowest]] = False
+        self.cut()
+
+    def cut(self):
+        """What the mask takes, the server no longer has nor remembers."""
         for name in ("w", "velocity", "first", "second", "control"):
             setattr(self, name, getattr(self, name) * self.mask)
 
@@ -276,6 +335,8 @@ def clip(vector, norm):
 def qsgd(x, draws, levels):
     """Alistarh et al. 2017: to one of the two nearest multiples of the step, right on average."""
     scale = x.abs().max()
+    if not scale:
+        return x
     as_sent = scale.bfloat16()
     if as_sent.float() < scale:  # the scale travels in bfloat16, rounded upwards
         as_sent = torch.nextafter(as_sent, torch.tensor(torch.inf, dtype=torch.bfloat16))
@@ -320,6 +381,13 @@ def test_every_strategy(strategy, model, dropout):
     assert any(lost) == (dropout > 0) and all(len(record.cohort) == 3 for record in run.records)
 
 
+@pytest.mark.parametrize("more", [{}, {"mask_ratio": 0.6, "mask_schedule": "dynamic"}, {"privacy": "record"}])
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "feddf"])
+def test_what_a_model_leaves_to_chance_is_drawn_anew_for_each_client_and_round(strategy, more):
+    if strategy != "feddf" or "privacy" not in more:
+        agree(BASE.replace(model="dropping", strategy=strategy, **more))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_with_its_defaults(strategy):
     agree(BASE.replace(strategy=strategy))
@@ -335,12 +403,21 @@ TECHNIQUES = {
     "topk without feedback": {"uplink": "topk", "uplink_keep": 0.15, "error_feedback": False},
     "int8": {"uplink": "int8", "bucket": 16},
     "topk downwards": {"downlink": "topk", "downlink_keep": 0.3},
+    "int8 downwards": {"downlink": "int8", "bucket": 16},
+    "int8 both ways": {"uplink": "int8", "downlink": "int8", "bucket": 16},
     "topk both ways": {"uplink": "topk", "uplink_keep": 0.2, "downlink": "topk", "downlink_keep": 0.3},
     "a gradual mask": {"mask_ratio": 0.6},
     "a mask at half time": {"mask_ratio": 0.6, "mask_schedule": "one-shot"},
     "momentum under a mask": {"mask_ratio": 0.6, "strategy": "fedavgm"},
     "moments under a mask": {"mask_ratio": 0.6, "strategy": "fedadam"},
     "controls under a mask": {"mask_ratio": 0.6, "strategy": "scaffold", "mask_schedule": "one-shot"},
+    "a fixed mask": {"mask_ratio": 0.6, "mask_schedule": "fixed"},
+    "a dynamic mask": {"mask_ratio": 0.6, "mask_schedule": "dynamic"},
+    "momentum under a dynamic mask": {"mask_ratio": 0.6, "mask_schedule": "dynamic", "strategy": "fedavgm"},
+    "residuals under a dynamic mask": {
+        "mask_ratio": 0.6, "mask_schedule": "dynamic", "uplink": "topk", "uplink_keep": 0.2,
+    },
+    "controls under a dynamic mask": {"mask_ratio": 0.6, "mask_schedule": "dynamic", "strategy": "scaffold"},
     "an ensemble under a mask": {"mask_ratio": 0.6, "strategy": "feddf"},
     "residuals under a mask": {"mask_ratio": 0.6, "uplink": "topk", "uplink_keep": 0.2},
     "int8 on its grid": {"qat": "int8"},
@@ -357,6 +434,8 @@ TECHNIQUES = {
     },
     "clipped records": {"privacy": "record", "clip_norm": 0.3, "noise_multiplier": 0.0},
     "clipped, noisy records": {"privacy": "record", "clip_norm": 0.3, "noise_multiplier": 0.5},
+    "clipped records of few": {"privacy": "record", "clip_norm": 0.3, "noise_multiplier": 0.5, "batch_size": 25},
+    "controls of records": {"privacy": "record", "clip_norm": 0.3, "noise_multiplier": 0.5, "strategy": "scaffold"},
 }  # fmt: skip
 
 
@@ -369,9 +448,19 @@ def test_every_technique(technique, model):
     agree(BASE.replace(model=model, **changes))
 
 
-@pytest.mark.parametrize("technique", ["topk", "int8", "a gradual mask", "a teacher at 2"])
+@pytest.mark.parametrize("technique", ["topk", "int8", "a gradual mask", "a dynamic mask", "a teacher at 2"])
 def test_techniques_with_drop_outs(technique):
     agree(BASE.replace(dropout=0.4, rounds=6, **TECHNIQUES[technique]))
+
+
+@pytest.mark.parametrize("more", [{}, {"strategy": "fedavgm"}, {"mask_ratio": 0.6, "strategy": "fedavgm"}])
+def test_noise_and_masks_come_in_time_though_nobody_does(more):
+    """Client-level privacy: that nobody came must not show, so noise is added and the mask falls due all the same."""
+    run = agree(BASE.replace(privacy="client", clip_norm=0.05, noise_multiplier=0.3, clients_per_round=1, rounds=9,
+                             dropout=0.7, **more))  # fmt: skip
+    nobody = [record for record in run.records[:6] if not record.answered]
+    assert nobody and {record.note for record in nobody} == {"nobody answered: the model was given noise alone"}
+    assert len({record.loss for record in run.records}) == 9
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
@@ -383,6 +472,23 @@ def test_slices_are_averaged_over_those_who_hold_them(strategy):
     )
     narrow = [{client % 4 == 3 for client in record.answered} for record in run.records]
     assert {True} in narrow and {True, False} in narrow and {False} in narrow
+
+
+PER_CLIENT = {  # what each client of a stack has of its own while it trains
+    "controls": {"strategy": "scaffold"},
+    "starts": {"strategy": "fedprox", "proximal_mu": 0.7, "downlink": "topk", "downlink_keep": 0.3},
+    "slices": {"model": "mlp", "devices": "sliced"},
+    "grids": {"qat": "int8", "mask_ratio": 0.5},
+    "lessons": {"teacher": BASE.replace(model="mlp", seed=1), "strategy": "fedprox"},
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("own", PER_CLIENT)
+def test_a_cohort_that_is_larger_than_a_stack_is_trained_in_several(own, size, monkeypatch):
+    monkeypatch.setattr(Stack, "stack_size", property(lambda stack: size, lambda stack, usual: None), raising=False)
+    run = agree(BASE.replace(clients_per_round=5, **PER_CLIENT[own]))
+    assert run.task.model.stack is not None and run.task.model.stack.stack_size == size
 
 
 def test_epsilon_counts_every_step_of_the_client_that_fared_worst():

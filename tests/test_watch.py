@@ -102,7 +102,7 @@ def test_every_control_has_a_name_and_the_text_never_changes(artifact):
 def test_what_has_no_sites_cannot_be_watched(artifact):
     with pytest.raises(ValueError, match="site must be one of north, south, west, got 'east'"):
         Watch(artifact, site="east")
-    other = SimpleNamespace(card={"experiment": {"dataset": "digits"}})
+    other = SimpleNamespace(dataset=load("digits"))
     with pytest.raises(ValueError, match="dataset must be a table with sites, 'digits' is none"):
         Watch(other)
 

@@ -1,78 +1,65 @@
 """One grid per dtype, shared by training and export, and fake quantization on it.
 
-The grids are those of onnxruntime's quantizers, bit for bit, so the codes that training sees are the codes in the
-deployed file. They cover weights: a tensor needs two dimensions or more to be quantized (biases and norms stay
-float), a convolution of fewer than four channels stays float in `int8`, because that is faster, and `int4` exists for
-Linear weights alone, as in the runtime. Activations are not simulated in training; the static export quantizes them to
-8 bits with ranges that the clients measure afterwards.
+The codes that training sees are the codes in the deployed file, bit for bit. Every weight has a grid, whatever its
+layer: a tensor of two dimensions or more has one scale for each index of its first axis, in `int8` such that the
+largest magnitude gets code 127 or -127, in `int4` and `int2` such that the largest value gets the lowest code, -8 or
+-2, which takes a scale of either sign. That uses all codes, and keeps zero at code 0. Scales and biases are rounded
+to bfloat16: half of their bytes in the file are then zeros. Activations are not simulated in training; the static
+export quantizes them to 8 bits with ranges that the clients measure afterwards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-DTYPES = ("fp32", "fp16", "int8", "int4")
-NARROW = 4  # with fewer input channels the runtime's int8 convolution takes 1.3 to 2.8 times as long as its float one
-BLOCK = 32  # input features that share one int4 scale
+DTYPES = ("fp32", "fp16", "int8", "int4", "int2")
+LOWEST = {"int8": -127, "int4": -8, "int2": -2}  # code of each grid; the highest are 127, 7 and 1
 _TINY = torch.finfo(torch.float32).tiny
 
 
 class Codes(NamedTuple):
-    """Integer codes int8 [..] and the float32 scale of each group; a value is `scale * code`."""
+    """Integer codes int8 [..] and float32 scales that broadcast to them; a value is `scale * code`."""
 
     codes: Tensor
     scale: Tensor
 
 
-def applies(weight: Tensor, dtype: str, stacked: bool = False) -> bool:
-    """Say whether the grid of `dtype` is used for a weight of this shape. Raises ValueError on an unknown dtype."""
-    if dtype not in DTYPES:
+def grid_codes(weight: Tensor, dtype: str, channels: tuple[int, ...] = (0,)) -> Codes:
+    """Quantize a weight to codes of "int8", "int4" or "int2", with a scale for each index of the axes `channels`.
+
+    Values that are on the grid already keep their codes and their scale: the largest stays the largest, and a float32
+    holds every product of a bfloat16 and a code (Jacob et al. 2018 for int8; for int4 as in onnxruntime).
+    """
+    rest = tuple(axis for axis in range(weight.ndim) if axis not in channels)
+    low, high = weight.amin(rest, keepdim=True), weight.amax(rest, keepdim=True)
+    largest = torch.maximum(high, -low) if dtype == "int8" else torch.where(high > -low, -high, -low)
+    scale = bfloat16(largest / -LOWEST[dtype])
+    scale = torch.where(scale.abs() < _TINY, torch.ones_like(scale), scale)
+    highest = 127 if dtype == "int8" else -LOWEST[dtype] - 1
+    return Codes(torch.round(weight / scale).clamp(LOWEST[dtype], highest).to(torch.int8), scale)
+
+
+def bfloat16(values: Tensor) -> Tensor:
+    """Round to the nearest values that bfloat16 holds; the type stays."""
+    return values.to(torch.bfloat16).to(values.dtype)
+
+
+def quantized(tensor: Tensor, dtype: str, channels: tuple[int, ...] = (0,)) -> Tensor:
+    """Return the values of a tensor in `dtype`, same shape: a weight's on its grid, "bf16" for a bias.
+
+    Raises ValueError on an unknown dtype.
+    """
+    if dtype in LOWEST:
+        codes, scale = grid_codes(tensor, dtype, channels)
+        return codes.to(tensor.dtype) * scale
+    if dtype not in (*DTYPES, "bf16"):
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    shape = weight.shape[stacked:]
-    linear, convolution = len(shape) == 2, len(shape) > 2 and shape[1] >= NARROW
-    return {"fp32": False, "fp16": True, "int8": linear or convolution, "int4": linear}[dtype]
-
-
-def int8_codes(weight: Tensor, stacked: bool = False) -> Codes:
-    """Quantize a weight [out, in, ...] symmetrically, one scale for each output channel, codes -127..127.
-
-    With `stacked`, a leading dimension holds one weight per client and each is quantized by itself.
-    The scale has the weight's rank, so `codes * scale` broadcasts. Zero is code 0 (Jacob et al. 2018).
-    """
-    largest = weight.abs().amax(dim=tuple(range(1 + stacked, weight.ndim)), keepdim=True)
-    scale = (largest.double() / 127).to(weight.dtype)
-    scale = torch.where(scale < _TINY, torch.ones_like(scale), scale)
-    return Codes(torch.round(weight / scale).clamp(-127, 127).to(torch.int8), scale)
-
-
-def int4_codes(weight: Tensor) -> Codes:
-    """Quantize a weight [..., out, in] in blocks of 32 inputs, codes -8..7; zero is code 0.
-
-    Codes are [..., out, blocks, 32] (the last block padded with zeros), scales [..., out, blocks, 1]. The value of
-    largest magnitude in a block gets code -8, so the scale carries the opposite sign of that value.
-    """
-    blocks = pad(weight, (0, -weight.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-    scale = torch.where(high.abs() > low.abs(), high, low) / -8
-    inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
-    # floor(v + 0.5) on 0..15 is the runtime's rounding, halves away from zero
-    codes = torch.floor(blocks * inverse + 8.5).clamp(0, 15) - 8
-    return Codes(codes.to(torch.int8), scale)
-
-
-def quantized(weight: Tensor, dtype: str, stacked: bool = False) -> Tensor:
-    """Return the values that a weight takes on the grid of `dtype`, same shape; unchanged where none applies."""
-    if not applies(weight, dtype, stacked):
-        return weight
-    if dtype == "fp16":
-        return weight.to(torch.float16).to(weight.dtype)
-    codes, scale = int4_codes(weight) if dtype == "int4" else int8_codes(weight, stacked)
-    values = codes.to(weight.dtype) * scale
-    return values.flatten(-2)[..., : weight.shape[-1]] if dtype == "int4" else values
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return tensor.to(kinds[dtype]).to(tensor.dtype)
 
 
 def fake_quantize(weight: Tensor, dtype: str) -> Tensor:
@@ -81,6 +68,24 @@ def fake_quantize(weight: Tensor, dtype: str) -> Tensor:
     The straight-through estimator of Bengio et al. 2013, as in quantization-aware training (Jacob et al. 2018).
     The value is exactly the grid's, not weight + error.
     """
-    if not applies(weight, dtype):
-        return weight
     return quantized(weight.detach(), dtype) + (weight - weight.detach())
+
+
+def weight_dtypes(names: Iterable[str], dtype: str, keep: str) -> dict[str, str]:
+    """Say which dtype each weight gets, named in the order of the network: with `keep` "ends", int8 at both ends."""
+    given = dict.fromkeys(names, dtype)
+    if keep == "ends" and dtype in ("int4", "int2") and given:
+        given[next(iter(given))] = given[next(reversed(given))] = "int8"
+    return given
+
+
+def parameter_dtypes(shapes: Mapping[str, tuple[int, ...]], dtype: str, keep: str) -> dict[str, str]:
+    """Say which dtype each parameter gets, by the parameters' names and shapes; none where it stays as it is.
+
+    Weights are called so and have two dimensions or more, their biases have one; normalization must not be among them.
+    A recurrent layer's two directions lie in one tensor of the file.
+    """
+    weights = [name for name, shape in shapes.items() if len(shape) > 1 and "weight" in name.rpartition(".")[2]]
+    biases = [name for name, shape in shapes.items() if len(shape) == 1 and "bias" in name.rpartition(".")[2]]
+    given = weight_dtypes((name.removesuffix("_reverse") for name in weights), dtype, keep)
+    return {name: given[name.removesuffix("_reverse")] for name in weights} | dict.fromkeys(biases, "bf16")

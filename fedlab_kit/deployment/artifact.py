@@ -1,30 +1,37 @@
-"""`compress`: a trained run and a recipe in, a file on disk that the runtime has loaded back and measured out."""
+"""`compress`: a trained model and a recipe in, a file on disk that the runtime has loaded back and measured out."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from fedlab_kit import data
-from fedlab_kit.compression.prune import TURN, plan_channels, prune_channels, prune_weights
-from fedlab_kit.deployment import convert, measure
+from fedlab_kit import catalog, data
+from fedlab_kit.compression.channels import TURN
+from fedlab_kit.compression.prune import prune
+from fedlab_kit.deployment import convert, measure, static
 from fedlab_kit.deployment.export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
+from fedlab_kit.deployment.subject import Subject, subject_of
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.files import StoreError, at, file_name, is_number, sweep_up, write_bytes, write_json
-from fedlab_kit.models import flops
+from fedlab_kit.files import StoreError, at, is_number, read_json, sweep_up, write_bytes, write_json
+from fedlab_kit.models import Draws, flops
 from fedlab_kit.run import Run
+from fedlab_kit.settings import complaint
 from fedlab_kit.store import when_and_where
-from fedlab_kit.wire.privacy import outside
 
 LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
-SAMPLES = 8  # on which torch and the exported graph must agree
+LARGE, QUICK = 4_000_000, 3  # bytes above which level 18 takes seconds, and the level there: a quarter second for 44 MB
+SMALL, SHORT = 500_000, {"chain_log": 16, "hash_log": 16, "search_log": 4}  # above: within 0.3 % in half the time
+_PACKAGES = ("torch", "torch-pruning", "onnx", "onnxruntime", "zstandard")  # besides the code, they decide a file
+_SOURCES = {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}  # while it is what is loaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +60,27 @@ class Artifact:
     flops: int
     note: str
     card: dict[str, Any] = field(repr=False)
-    session: Any = field(repr=False)
+    _session: Any = field(default=None, repr=False)
+    _dataset: data.Dataset | None = field(default=None, repr=False)
+
+    @cached_property
+    def session(self) -> Any:
+        """The file opened in onnxruntime. Raises StoreError when it is no longer the one that was measured."""
+        return self._session or measure.open_session(_checked(self.path, self.digest))
+
+    @cached_property
+    def dataset(self) -> data.Dataset:
+        """The data it was measured on. ValueError where they are registered under no name, or are others now."""
+        if self._dataset is not None:
+            return self._dataset
+        about = self.card["data"]
+        name = (self.card["experiment"] or {}).get("dataset", about["name"])
+        if name not in catalog.DATASETS:
+            raise ValueError(f"{self.path.name} was measured on dataset {name!r}: register that with fk.dataset first")
+        found = data.load(name)
+        if found.digest != about["digest"]:
+            raise ValueError(f"dataset {found.name!r} is another one now than when {self.path.name} was measured on it")
+        return found
 
     def predict(self, x: Any) -> np.ndarray:
         """Class probabilities float32 [n, classes] for raw samples [n, ...], typed as the data set stores them.
@@ -69,49 +96,99 @@ class Artifact:
 
     def test(self) -> tuple[float, tuple[float, float]]:
         """Open the test split: measure the file's accuracy on it, with its interval, and write both on the card."""
-        test = data.load(self.card["experiment"]["dataset"]).filled("test")
-        accuracy, interval = measure.accuracy(self.session, test)
+        accuracy, interval = measure.accuracy(self.session, self.dataset.filled("test"))
         self.card["test"] = {"accuracy": accuracy, "interval": list(interval)}
         _write_card(self.path, self.card)
         return accuracy, interval
 
 
-def compress(run: Run, recipe: Recipe, folder: Path | str | None = None, client: int | None = None) -> Artifact:
+def compress(
+    model: Run | Subject | nn.Module,
+    recipe: Recipe,
+    folder: Path | str | None = None,
+    client: int | None = None,
+    dataset: data.Dataset | str | None = None,
+) -> Artifact:
     """Prune, export, quantize, write, load back and measure; the files go to `folder` or the run's `artifacts/`.
 
-    The same run and recipe give the same bytes. Where clients keep their normalization to themselves, `client` says
-    whose model it is; its accuracy is then that on this client's part of the validation samples. Raises ValueError
-    when the recipe or the model makes it impossible, StoreError when a file cannot be written; nothing half-written
-    stays behind. Threads take turns, and so nobody's latency is measured beside another's export.
+    The same model and recipe give the same bytes. Where clients keep their normalization to themselves, `client` says
+    whose model it is; its accuracy is then that on this client's part of the validation samples.
+
+    `model` may also be a trained module of one's own, float32, that maps prepared samples to logits: `dataset`, a
+    registered name or a Dataset, says what it is measured and calibrated on. It is not changed, and its files go to
+    `modules/` beside the runs, in a folder named by its digest.
+
+    Raises ValueError when the recipe or the model makes it impossible, StoreError when a file cannot be written;
+    nothing half-written stays behind. Threads take turns, and so nobody's latency is measured beside another's export.
     """
     with TURN:
-        return _compress(run, recipe, folder, client)
+        subject = subject_of(model, client, dataset)
+        # what a module of one's own draws while it answers is not drawn from its owner's random numbers
+        with Draws(0).inside() if subject.facts["module"] else nullcontext():
+            try:
+                return _compress(subject, recipe, folder)
+            except (ValueError, OSError):
+                raise
+            except Exception as error:  # another library's, on a network it does not know: in one line all the same
+                raise ValueError(f"model {subject.name} cannot be compressed so: {complaint(error)}") from error
 
 
-def _compress(run: Run, recipe: Recipe, folder: Path | str | None, client: int | None) -> Artifact:
-    original, held = _whose(run, client)
-    model = prune(original, run.dataset.shape, recipe)
-    converted = _converted(run, recipe, model, run.shards if client is None else [run.shards[client]])
-    whose = "" if client is None else f"client{client}-"
-    name = f"{file_name(run.experiment.model)}-{run.key[:8]}-{whose}{slug(recipe)}.onnx"
-    path = at(folder or run.path / "artifacts") / name
+def recall(
+    model: Run | Subject | nn.Module, recipe: Recipe, dataset: data.Dataset | str | None = None
+) -> Artifact | None:
+    """Return what `compress` made of the same model and recipe before, opened from its card; None if it is to be made.
+
+    That is so when code or versions that decide it have changed. On another machine than its card's the latency alone
+    is measured again. Raises StoreError, naming the file, when one of its files is cut or altered.
+    """
+    subject = subject_of(model, dataset=dataset)
+    path = _place(subject, recipe, None)
+    card_file, compressed = _beside(path)
+    if not subject.lasting or not card_file.exists():
+        return None
+    try:
+        if not _same(card := read_json(card_file), subject, recipe):
+            return None
+        check_card(card)
+        _checked(path, card["digest"])
+        if compressed.stat().st_size != card["measured"]["zstd_bytes"]:
+            raise StoreError(f"{compressed} is cut or altered")
+    except (OSError, TypeError, LookupError) as error:
+        raise StoreError(f"{path} or a file beside it is cut or altered") from error
+    found = _artifact(path, card, None, subject.dataset)
+    return found if card["machine"] == when_and_where()["machine"] else _timed_here(found, subject.held)
+
+
+def _compress(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Artifact:
+    sample = subject.dataset.preprocess(subject.held.x[:2])
+    model, pruning = prune(subject.model, sample, recipe, subject.name)
+    converted = _converted(subject, recipe, model)
+    path = _place(subject, recipe, folder)
     sweep_up(path.parent, "*.onnx*")
     try:
-        write_bytes(path, converted.SerializeToString(deterministic=True))
-        session = measure.open_session(path.read_bytes())
-        before, after = (sum(p.numel() for p in m.parameters()) for m in (original, model))
+        content = converted.SerializeToString(deterministic=True)
+        write_bytes(path, content, listed=False)
+        squeezed, level = squeeze(content)
+        write_bytes(_beside(path)[1], squeezed, listed=False)
+        session = measure.open_session(path)
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (subject.model, model))
         card = {
-            **_origin(run, recipe),
-            "client": client,
+            **subject.facts,
+            **_about(subject, recipe),
+            **_made_by(),
+            "runtime": {"onnxruntime": f">={measure.oldest_runtime(converted)}"},
+            "zstd_level": level,
             "parameters_before": before,
-            "digest": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "digest": hashlib.sha256(content).hexdigest(),
             "measured": {
-                **_sizes(path),
-                **_behaviour(session, held),
+                "bytes": path.stat().st_size,
+                "zstd_bytes": _beside(path)[1].stat().st_size,
+                **_accuracy(session, subject.held),
+                **_speed(session, subject.held),
                 "sparsity": measure.sparsity(converted),
                 "parameters": after,
-                "flops": flops(model, run.dataset.shape),
-                "note": _note(recipe, before, after, converted),
+                "flops": flops(model, sample),
+                "note": "; ".join(filter(None, [pruning, _note(recipe, converted)])),
             },
             **when_and_where(),
         }
@@ -120,7 +197,7 @@ def _compress(run: Run, recipe: Recipe, folder: Path | str | None, client: int |
         for file in (path, *_beside(path)):
             file.unlink(missing_ok=True)
         raise
-    return _artifact(path, card, session)
+    return _artifact(path, card, session, subject.dataset)
 
 
 def load(path: Path | str) -> Artifact:
@@ -132,7 +209,7 @@ def load(path: Path | str) -> Artifact:
         raise StoreError(str(error)) from error
     except (TypeError, LookupError) as error:
         raise StoreError(f"the model card of {path} is damaged ({error}): compress again") from error
-    return _artifact(at(path), card, measure.open_session(content))
+    return _artifact(at(path), card, measure.open_session(content), None)
 
 
 def check_card(card: dict[str, Any]) -> None:
@@ -147,109 +224,105 @@ def check_card(card: dict[str, Any]) -> None:
         raise TypeError(f"text is expected, got {words!r:.200}")
 
 
-def prune(model: nn.Module, shape: tuple[int, ...], recipe: Recipe) -> nn.Module:
-    """Return the model as the recipe prunes it: a copy, or the model itself at ratio 0."""
-    if recipe.prune_ratio == 0:
-        return model
-    if recipe.prune == "weight":
-        return prune_weights(model, recipe.prune_ratio)
-    return prune_channels(model, shape, plan_channels(model, shape, recipe.prune_ratio))
-
-
 def slug(recipe: Recipe) -> str:
     """A recipe as a part of a file's name, e.g. "channel-0.5-int8-static"."""
     pruning = [recipe.prune, f"{recipe.prune_ratio}"] if recipe.prune_ratio else []
-    return "-".join([*pruning, recipe.dtype, *([recipe.quantization] if recipe.dtype == "int8" else [])])
+    low = recipe.dtype in ("int4", "int2")
+    how = [recipe.quantization] if recipe.dtype == "int8" else ["ends"] if low and recipe.keep == "ends" else []
+    calibration = [recipe.calibration] if how == ["static"] and recipe.calibration != "minmax" else []
+    return "-".join([*pruning, recipe.dtype, *how, *calibration])
 
 
-def _whose(run: Run, client: int | None) -> tuple[nn.Module, data.Split]:
-    """Return the model that is meant and the samples it is measured on."""
-    held, own = run.dataset.validation, run.experiment.normalization == "own"
-    if own != (client is not None):
-        raise ValueError(
-            f"client must be 0 to {run.experiment.clients - 1} where each has a model of its own, got None"
-            if own
-            else f"client must be None where normalization is shared, got {client}"
-        )
-    if client is None:
-        return run.model, held
-    assert run.task.owner is not None  # where normalization is the clients' own
-    model, mine = run.client_model(client), run.task.owner == client
-    if not mine.any():
-        raise ValueError(f"client {client} has no validation samples to measure a file on")
-    return model, data.Split(held.x[mine], held.y[mine])
+def squeeze(content: bytes) -> tuple[bytes, int]:
+    """Return a file's bytes as zstandard packs them, and its level: the best would take seconds for a large file."""
+    import zstandard
+
+    level = LEVEL if len(content) <= LARGE else QUICK
+    tables = SHORT if SMALL < len(content) <= LARGE else {}
+    settings = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(content), **tables)
+    return zstandard.ZstdCompressor(compression_params=settings).compress(content), level
 
 
-def _converted(run: Run, recipe: Recipe, model: nn.Module, shards: Sequence[Tensor]) -> Any:
-    """Export a pruned model and convert it, for static int8 with the ranges that the clients of `shards` measured."""
-    dataset, ranges = run.dataset, None
-    graph = export(model, dataset.preprocess, dataset.validation.x[:SAMPLES])
+def _converted(subject: Subject, recipe: Recipe, model: nn.Module) -> Any:
+    """Export a pruned model and convert it, for static int8 with the ranges that the clients measured."""
+    dataset, ranges = subject.dataset, None
+    graph = export(model, dataset.preprocess, dataset.validation.x)
     if (recipe.dtype, recipe.quantization) == ("int8", "static"):
-        ranges = convert.calibrate(graph, [dataset.train.x[shard] for shard in shards])
-    return convert.convert(graph, recipe.dtype, ranges)
+        ranges = static.calibrate(graph, subject.calibration(), recipe.calibration)
+    return convert.convert(graph, recipe.dtype, ranges, recipe.keep)
 
 
-def _artifact(path: Path, card: dict[str, Any], session: Any) -> Artifact:
+def _place(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Path:
+    return at(folder or subject.home / "artifacts") / f"{subject.stem}-{slug(recipe)}.onnx"
+
+
+def _checked(path: Path, digest: str) -> bytes:
+    """Return a file's bytes. Raises StoreError when they are not those of the digest."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be opened: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise StoreError(f"{path} is cut or altered: compress again")
+    return content
+
+
+def _artifact(path: Path, card: dict[str, Any], session: Any, dataset: data.Dataset | None) -> Artifact:
     measured = {**card["measured"], "interval": tuple(card["measured"]["interval"])}
-    return Artifact(path=path, digest=card["digest"], card=card, session=session, **measured)
+    return Artifact(path=path, digest=card["digest"], card=card, **measured, _session=session, _dataset=dataset)
 
 
-def _origin(run: Run, recipe: Recipe) -> dict[str, Any]:
+def _same(card: dict[str, Any], subject: Subject, recipe: Recipe) -> bool:
+    """Say whether a card is of the same model and recipe, and of today's code."""
+    if not {**subject.facts, **_made_by()}.items() <= card.items():
+        return False
+    before, now = ({**r.in_effect(), "prune": r.prune_ratio and r.prune} for r in (Recipe(**card["recipe"]), recipe))
+    return before == now
+
+
+@cache
+def _made_by() -> dict[str, Any]:
+    """What besides model and recipe decides a file and its figures, as it stands on the card."""
+    versions = {name: version(name) for name in _PACKAGES}
+    return {"code": catalog.code_digest(_SOURCES), "versions": versions}
+
+
+def _about(subject: Subject, recipe: Recipe) -> dict[str, Any]:
     """The part of the card that says what the file is and what to feed it."""
+    dataset = subject.dataset
     return {
-        "experiment": run.experiment.model_dump(mode="json"),
-        "run": run.key,
         "recipe": recipe.model_dump(mode="json"),
         "data": {
-            "name": run.dataset.name,
-            "digest": run.dataset.digest,
-            "classes": list(run.dataset.classes),
-            "sites": list(run.dataset.sites),
+            "name": dataset.name,
+            "digest": dataset.digest,
+            "classes": list(dataset.classes),
+            "sites": list(dataset.sites),
         },
-        "training": {
-            "rounds": len(run.records),
-            "seconds": sum(record.seconds for record in run.records),
-            "uplink_bytes": run.uplink_bytes,
-            "downlink_bytes": run.downlink_bytes,
-        },
-        "privacy": _privacy(run, recipe),
-        "preprocess": run.dataset.preprocess.to_dict(),
+        "privacy": subject.privacy(recipe),
+        "preprocess": dataset.preprocess.to_dict(),
         "input": {
             "name": "x",
-            "dtype": str(run.dataset.train.x.dtype).removeprefix("torch."),
-            "shape": list(run.dataset.shape),
-            "features": list(run.dataset.features),
+            "dtype": str(dataset.train.x.dtype).removeprefix("torch."),
+            "batch": "any",
+            "shape": list(dataset.shape),
+            "features": list(dataset.features),
             "meaning": "a batch of raw values as stored; the graph preprocesses them",
         },
         "accuracy_batch": measure.WHOLE,
-        "output": {"name": "logits", "shape": [len(run.dataset.classes)]},
+        "output": {"name": "logits", "shape": [len(dataset.classes)]},
     }
 
 
-def _privacy(run: Run, recipe: Recipe) -> dict[str, Any]:
-    """What the privacy of its training is worth, and what is outside it; an infinite epsilon is None, with why."""
-    worth = run.privacy()
-    epsilon = None if worth.why else worth.epsilon
-    return {**asdict(worth), "epsilon": epsilon, "outside": list(outside(run.experiment, recipe))}
+def _accuracy(session: Any, held: data.Split) -> dict[str, Any]:
+    accuracy, interval = measure.accuracy(session, held)
+    return {"accuracy": accuracy, "interval": list(interval)}
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    """Write the compressed form beside the file; both sizes are those of the files."""
-    import zstandard
-
-    _, compressed = _beside(path)
-    write_bytes(compressed, zstandard.ZstdCompressor(level=LEVEL).compress(path.read_bytes()))
-    return {"bytes": path.stat().st_size, "zstd_bytes": compressed.stat().st_size}
-
-
-def _behaviour(session: Any, validation: data.Split) -> dict[str, Any]:
-    accuracy, interval = measure.accuracy(session, validation)
-    rows = np.arange(measure.BATCH) % len(validation)
-    [one] = measure.latencies([session], validation.x[:1])
-    [many] = measure.latencies([session], validation.x[rows])
+def _speed(session: Any, held: data.Split) -> dict[str, Any]:
+    rows = np.arange(measure.BATCH) % len(held)
+    [one] = measure.latencies([session], held.x[:1])
+    [many] = measure.latencies([session], held.x[rows])
     return {
-        "accuracy": accuracy,
-        "interval": list(interval),
         "latency_ms": one.median * 1e3,
         "latency_spread_ms": one.spread * 1e3,
         "throughput": measure.BATCH / many.median,
@@ -257,19 +330,23 @@ def _behaviour(session: Any, validation: data.Split) -> dict[str, Any]:
     }
 
 
-def _note(recipe: Recipe, before: int, after: int, converted: Any) -> str:
-    """Say so when the pruning removed nothing, or the dtype reached few of the weights or none."""
-    notes = []
-    if recipe.prune == "channel" and recipe.prune_ratio and after == before:
-        notes.append("channel pruning removed nothing: too few channels outside the class outputs")
-    weights = list(measure.stored_weights(converted).values())
-    total = sum(w.size for w in weights)
-    reached = sum(w.size for w in weights if w.dtype != np.float32)
-    if recipe.dtype != "fp32" and 2 * reached < total:
-        name = f"{recipe.dtype} {recipe.quantization}" if recipe.dtype == "int8" else recipe.dtype
-        reach = f"reaches only {reached / total:.1%} of the weights" if reached else "does nothing"
-        notes.append(f"{name} {reach} here: it is for Linear weights, the convolutions stay fp32")
-    return "; ".join(notes)
+def _timed_here(artifact: Artifact, held: data.Split) -> Artifact:
+    """Measure an artifact's speed on this machine, write it on the card, and return the artifact with it."""
+    with TURN:
+        measured = {**artifact.card["measured"], **_speed(artifact.session, held)}
+    card = {**artifact.card, "measured": measured, **when_and_where()}
+    _write_card(artifact.path, card)
+    return _artifact(artifact.path, card, artifact.session, artifact.dataset)
+
+
+def _note(recipe: Recipe, converted: Any) -> str:
+    """Say so when the dtype did not reach all weights."""
+    weights = measure.stored_weights(converted).values()
+    stayed = sum(w.size for w in weights if w.dtype == np.float32)
+    if recipe.dtype == "fp32" or not stayed:
+        return ""
+    share = stayed / sum(w.size for w in weights)
+    return f"{share:.1%} of the weights stay fp32: their values are too large or too small for {recipe.dtype}"
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

@@ -1,189 +1,58 @@
-"""A float ONNX graph in another dtype, as onnxruntime runs it, and the calibration that static int8 needs.
+"""A float ONNX graph in another dtype, as onnxruntime runs it.
 
-fp16 halves the file and is computed in float32. int8 dynamic quantizes Linear weights and measures activations
-as it runs; int8 static quantizes convolutions, Linear layers and residual additions, with ranges that the
-clients measured: the Relu behind one becomes the lower end of its range and leaves the graph. int4 packs Linear
-weights in blocks. Weight codes are those of `compression.quantize`.
+Every weight is stored as codes of `compression.quantize` (fp16: as half-precision numbers) and becomes a float again
+by a Cast and a product with its scales, which the runtime computes once, when it opens the file: any layer runs that
+way, exactly and as fast as in floats. int8 besides computes in whole numbers where that is faster: dynamic int8
+measures the activations of Linear layers as it runs; static int8 is in `deployment.static`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedlab_kit.compression.quantize import BLOCK, DTYPES, applies
+from fedlab_kit.compression.quantize import DTYPES, bfloat16, grid_codes, quantized, weight_dtypes
 from fedlab_kit.deployment.export import clean
-from fedlab_kit.deployment.measure import open_session
+from fedlab_kit.deployment.measure import WEIGHT_INPUTS
+from fedlab_kit.deployment.static import Ranges, quantize
 
-Ranges = dict[str, tuple[np.float32, np.float32]]
+# tells onnxruntime's quantizers that shapes are there already, and that there is nothing to say about it
+_INFERRED = {"onnx.infer": "onnxruntime.quant", "onnx.quant.pre_process": "onnxruntime.quant"}
 
-STATIC = ("Conv", "Gemm", "MatMul", "Add", "Relu")
-# Outputs of Linear layers stay float: the logits keep their resolution, and one sample takes 0.3 instead of 0.39 of
-# the float file's time on a channel-pruned resnet.
-STATIC_OPTIONS = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
-CALIBRATION = 256  # samples that calibrate an artifact, all clients together
-_ROWS = 8  # samples run at once in calibration, always: another batch size could round a sum differently
-_INFERRED = ("onnx.infer", "onnxruntime.quant")  # tells onnxruntime's quantizers that shapes are there already
+OPSETS = {"int4": 21, "int2": 25}  # of ONNX, from which on there are tensors of these codes
+_LINEAR = ("Gemm", "MatMul")
+_BIASES = {**dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), 2), **dict.fromkeys(("LSTM", "GRU", "RNN"), 3)}
 
 
-def convert(graph: Any, dtype: str, ranges: Ranges | None = None) -> Any:
+def convert(graph: Any, dtype: str, ranges: Ranges | None = None, keep: str = "none") -> Any:
     """Return a float onnx.ModelProto in `dtype`; int8 is static where `ranges` are given, else dynamic.
 
-    The given graph is not changed. Raises ValueError on an unknown dtype.
+    With `keep` "ends" the first and the last layer of an int4 or int2 graph are in int8. The given graph is not
+    changed. Raises ValueError on an unknown dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if dtype == "fp32":
-        return graph
-    inferred = _with_shapes(graph)
-    if dtype == "fp16":
-        converted = _fp16(inferred)
-    elif dtype == "int4":
-        converted = _int4(inferred)
-    else:
-        converted = _int8_dynamic(inferred) if ranges is None else _int8_static(inferred, ranges)
-    return clean(_sorted(converted))
-
-
-def client_ranges(graph: Any, samples: Tensor) -> Ranges:
-    """What one client returns for calibration: the smallest and largest value of each activation on its raw samples.
-
-    Extremes of single samples leave the client with this. Raises ValueError without samples.
-    """
-    return Calibrator(graph).ranges(samples)
-
-
-def merge_ranges(clients: Iterable[Ranges]) -> Ranges:
-    """What the server does with them: the minimum of the minima, the maximum of the maxima."""
-    merged: Ranges = {}
-    for ranges in clients:
-        for name, (low, high) in ranges.items():
-            known = merged.get(name, (low, high))
-            merged[name] = (min(low, known[0]), max(high, known[1]))
-    if not merged:
-        raise ValueError("calibration needs at least one client's ranges, got none")
-    return merged
-
-
-def calibrate(graph: Any, clients: Sequence[Tensor]) -> Ranges:
-    """Ranges merged over the clients, each on an equal share of raw samples; of thousands, some are asked."""
-    calibrator = Calibrator(graph)
-    asked = clients[:: max(1, len(clients) // CALIBRATION)]
-    share = max(1, CALIBRATION // max(1, len(asked)))
-    return merge_ranges(calibrator.ranges(samples[:share]) for samples in asked)
-
-
-class Calibrator:
-    """The float graph opened with every activation that gets quantized as an output."""
-
-    def __init__(self, graph: Any) -> None:
-        observed = _with_shapes(graph)
-        constants = {item.name for item in observed.graph.initializer}
-        nodes = [node for node in observed.graph.node if node.name in _static_nodes(observed)]
-        names = dict.fromkeys(name for n in nodes for name in (*n.input, *n.output) if name not in constants)
-        shapes = {value.name: value for value in observed.graph.value_info}
-        observed.graph.output.extend(shapes[name] for name in names if name in shapes)
-        self._session = open_session(observed.SerializeToString(), optimize=False)
-        self._names = [output.name for output in self._session.get_outputs()]
-
-    def ranges(self, samples: Tensor) -> Ranges:
-        """The extremes on raw samples [n, ...]."""
-        raw = samples.numpy()
-        if len(raw) == 0:
-            raise ValueError("calibration needs at least one sample, got none")
-        rows = np.arange(-(-len(raw) // _ROWS) * _ROWS) % len(raw)  # filled up with repetitions, which change no range
-        return merge_ranges(self._batch(raw[part]) for part in rows.reshape(-1, _ROWS))
-
-    def _batch(self, raw: np.ndarray) -> Ranges:
-        values = self._session.run(self._names, {"x": raw})
-        return {name: (v.min(), v.max()) for name, v in zip(self._names, values, strict=True)}
-
-
-def _sorted(graph: Any) -> Any:
-    """Put every node after those it needs, as the format demands; the quantizers append as they go."""
-    from onnxruntime.quantization.onnx_model import ONNXModel
-
-    model = ONNXModel(graph)
-    model.topological_sort()
-    return model.model
-
-
-def _with_shapes(graph: Any) -> Any:
-    import onnx
-
-    inferred = onnx.shape_inference.infer_shapes(graph)
-    onnx.helper.set_model_props(inferred, dict([_INFERRED]))
-    return inferred
-
-
-def _static_nodes(graph: Any) -> list[str]:
-    """The nodes that static int8 quantizes: those of STATIC but additions of constants and weights without a grid."""
-    shapes = {item.name: tuple(item.dims) for item in graph.graph.initializer}
-
-    def quantizes(node: Any) -> bool:
-        constants = [torch.empty(shapes[name], device="meta") for name in node.input[:2] if name in shapes]
-        return all(node.op_type != "Add" and applies(constant, "int8") for constant in constants)
-
-    return [node.name for node in graph.graph.node if node.op_type in STATIC and quantizes(node)]
-
-
-def _fp16(graph: Any) -> Any:
-    """Convert from the first layer on: raw values may not fit in half precision, so preprocessing stays float32."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    nodes = list(graph.graph.node)
-    first = next((i for i, node in enumerate(nodes) if node.op_type in STATIC), len(nodes))
-    entry = nodes[first - 1].output[0]
-    shapes = {value.name: value for value in graph.graph.value_info}
-    raw = graph.graph.input.pop()
-    graph.graph.input.append(shapes.get(entry, raw))
-    del graph.graph.node[:first]
-    half = convert_float_to_float16(graph, keep_io_types=True)
-    converted = list(half.graph.node)
-    del half.graph.node[:], half.graph.input[:]
-    half.graph.node.extend([*nodes[:first], *converted])
-    half.graph.input.append(raw)
-    return half
-
-
-def _int8_dynamic(graph: Any) -> Any:
-    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
-    from onnxruntime.quantization.quant_utils import QuantizationMode
-
-    options: dict[str, Any] = {"op_types_to_quantize": ["MatMul"], "extra_options": {"MatMulConstBOnly": True}}
-    mode: dict[str, Any] = {"mode": QuantizationMode.IntegerOps, "static": False, "tensors_range": None}
-    return _int8(ONNXQuantizer, graph, nodes_to_quantize=[], **mode, **options)
-
-
-def _int8_static(graph: Any, ranges: Ranges) -> Any:
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
-    known = {name: (np.array(low), np.array(high)) for name, (low, high) in ranges.items()}
-    options: dict[str, Any] = {"op_types_to_quantize": list(STATIC), "extra_options": dict(STATIC_OPTIONS)}
-    limits = TensorsData(CalibrationMethod.MinMax, known)
-    return _int8(QDQQuantizer, graph, nodes_to_quantize=_static_nodes(graph), tensors_range=limits, **options)
-
-
-def _int8(quantizer: Any, graph: Any, **options: Any) -> Any:
-    """Quantize weights to signed codes, each output channel on a scale of its own, and activations to unsigned ones."""
-    from onnxruntime.quantization import QuantType
-
-    types = {"weight_qType": QuantType.QInt8, "activation_qType": QuantType.QUInt8}
-    return quantizer(
-        graph, per_channel=True, reduce_range=False, nodes_to_exclude=[], **types, **options
-    ).quantize_model()
+        return clean(graph)
+    converted = on_grid(graph, dtype, keep)
+    if dtype == "int8":
+        with _logging_as_it_was():
+            converted = _int8_dynamic(converted) if ranges is None else quantize(converted, ranges)
+    store_codes(converted, dtype, keep)
+    return clean(converted)
 
 
 @contextmanager
 def _logging_as_it_was() -> Iterator[None]:
-    """Undo what an import does to everybody's logging: the int4 quantizer's turns on INFO for the whole process."""
+    """Undo what onnxruntime's quantizers do to everybody's logging: they set up the whole process's for themselves."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     try:
@@ -193,13 +62,191 @@ def _logging_as_it_was() -> Iterator[None]:
         root.handlers[:] = handlers
 
 
-def _int4(graph: Any) -> Any:
-    with _logging_as_it_was():
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-        from onnxruntime.quantization.onnx_model import ONNXModel
+class Weight(NamedTuple):
+    """An initializer that layers multiply by, and the axes along which it has scales: those of its outputs."""
 
-    model = ONNXModel(graph)
-    model.replace_gemm_with_matmul()  # the quantizer passes over Gemm, which is what every Linear becomes
-    quantizer = MatMulNBitsQuantizer(model.model, bits=4, block_size=BLOCK, is_symmetric=True)
-    quantizer.process()
-    return quantizer.model.model
+    initializer: Any
+    channels: tuple[int, ...]
+
+    @property
+    def values(self) -> Tensor:
+        """The float32 tensor."""
+        from onnx import numpy_helper
+
+        return torch.from_numpy(numpy_helper.to_array(self.initializer).copy())
+
+    def fill(self, array: np.ndarray) -> None:
+        """Put other values in its place, also of another type."""
+        from onnx import numpy_helper
+
+        self.initializer.CopyFrom(numpy_helper.from_array(array, self.initializer.name))
+
+
+def float_weights(graph: Any) -> dict[str, Weight]:
+    """Return the weights that are float initializers, by name, in the order of the nodes.
+
+    One with an infinite entry is none: it masks. Along `channels` lies the first axis that the tensor has in torch.
+    """
+    stored = {item.name: item for item in _floats(graph) if len(item.dims) > 1}
+    turned = {node.output[0]: node for node in graph.graph.node if node.op_type == "Transpose"}
+    found: dict[str, Weight] = {}
+    for node in graph.graph.node:
+        for position in WEIGHT_INPUTS.get(node.op_type, ()):
+            turn = turned.get(node.input[position])
+            name = turn.input[0] if turn else node.input[position]
+            if name in stored and name not in found:
+                weight = Weight(stored[name], _channels(node, turn, len(stored[name].dims)))
+                if weight.values.isfinite().all():
+                    found[name] = weight
+    return found
+
+
+def _floats(graph: Any) -> list[Any]:
+    from onnx import TensorProto
+
+    return [item for item in graph.graph.initializer if item.data_type == TensorProto.FLOAT]
+
+
+def _channels(node: Any, turn: Any, axes: int) -> tuple[int, ...]:
+    """The axes of outputs of a node's weight, before it is turned; a transposed convolution's and a table's first."""
+    channels: tuple[int, ...] = (0,)
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        channels = (0, 1)  # directions and gates
+    elif node.op_type == "MatMul" or (node.op_type == "Gemm" and not _is_transposed(node)):
+        channels = (*range(axes - 2), axes - 1)
+    if turn is None:
+        return channels
+    order = turn.attribute[0].ints if turn.attribute else range(axes)[::-1]
+    return tuple(order[axis] for axis in channels)
+
+
+def _is_transposed(gemm: Any) -> bool:
+    return any(attribute.name == "transB" and attribute.i for attribute in gemm.attribute)
+
+
+def on_grid(graph: Any, dtype: str, keep: str = "none") -> Any:
+    """Return a copy of a float graph, still in floats, whose weights have the values of their grid.
+
+    Whoever quantizes these weights again, per channel and symmetrically, finds the same codes and scales. Biases are
+    rounded to bfloat16; not for fp16, which rounds no more than it says.
+    """
+    rounded = type(graph)()
+    rounded.CopyFrom(graph)
+    weights = float_weights(rounded)
+    for name, chosen in weight_dtypes(weights, dtype, keep).items():
+        values = quantized(weights[name].values, chosen, weights[name].channels)
+        if chosen != "fp16" or _half_is_enough(weights[name].values, values):
+            weights[name].fill(values.numpy())
+    if dtype != "fp16":
+        for bias in _biases(rounded, weights):
+            Weight(bias, ()).fill(bfloat16(Weight(bias, ()).values).numpy())
+    return rounded
+
+
+def _half_is_enough(values: Tensor, halves: Tensor) -> bool:
+    """Tell whether half precision holds a weight as well as its bits promise: not beyond 65,504, nor near 1e-7."""
+    return bool((halves - values).abs().max() <= values.abs().max() / 2**10)
+
+
+def _biases(graph: Any, weights: dict[str, Weight]) -> list[Any]:
+    """Return the float initializers that are added to what a layer makes of its weights."""
+    products = {n.output[0] for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in weights}
+    names = {
+        n.input[_BIASES[n.op_type]] for n in graph.graph.node if len(n.input) > _BIASES.get(n.op_type, len(n.input))
+    }
+    for node in graph.graph.node:
+        if node.op_type == "Add" and products.intersection(node.input):
+            names.update(node.input)
+    return [item for item in _floats(graph) if item.name in names]
+
+
+def store_codes(graph: Any, dtype: str, keep: str = "none", only: Container[str] | None = None) -> None:
+    """Turn the float weights of a graph that is `on_grid` into codes, each decoded in front of its node, in place.
+
+    With `only`, that is done to weights of these names.
+    """
+    from onnx.helper import find_min_ir_version_for
+
+    weights = {name: weight for name, weight in float_weights(graph).items() if only is None or name in only}
+    decoding: list[Any] = []
+    for name, chosen in weight_dtypes(weights, dtype, keep).items():
+        decoding += _half(weights[name]) if chosen == "fp16" else _codes(graph, weights[name], chosen)
+    nodes = [*decoding, *graph.graph.node]
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    for opset in graph.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            opset.version = max(opset.version, OPSETS.get(dtype, 0))
+    graph.ir_version = max(graph.ir_version, find_min_ir_version_for(graph.opset_import, ignore_unknown=True))
+
+
+def _half(weight: Weight) -> list[Any]:
+    """Store a weight whose values are halves as such, and return the node that gives them its name back."""
+    from onnx import TensorProto, helper
+
+    name, halves = weight.initializer.name, weight.values.half()
+    if not torch.equal(halves.float(), weight.values):
+        return []
+    weight.initializer.name = f"{name}_halves"
+    weight.fill(halves.numpy())
+    return [helper.make_node("Cast", [weight.initializer.name], [name], to=TensorProto.FLOAT)]
+
+
+def _codes(graph: Any, weight: Weight, dtype: str) -> list[Any]:
+    """Store a weight as codes and scales, and return the nodes that make of them what has its name."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    name, (codes, scale) = weight.initializer.name, grid_codes(weight.values, dtype, weight.channels)
+    weight.initializer.name = f"{name}_codes"
+    weight.fill(codes.numpy().astype(helper.tensor_dtype_to_np_dtype(getattr(TensorProto, dtype.upper()))))
+    graph.graph.initializer.append(numpy_helper.from_array(scale.numpy(), f"{name}_scale"))
+    return [
+        helper.make_node("Cast", [weight.initializer.name], [f"{name}_float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}_float", f"{name}_scale"], [name]),
+    ]
+
+
+def _int8_dynamic(graph: Any) -> Any:
+    """Let Linear layers and LSTMs compute in whole numbers; what other nodes need as well is stored once for all."""
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+
+    for node in graph.graph.node:
+        if node.op_type == "LSTM":
+            _quantize_lstm(graph, node)
+    store_codes(graph, "int8", only={name for n in graph.graph.node if n.op_type not in _LINEAR for name in n.input})
+    if not float_weights(graph):
+        return graph
+    onnx.helper.set_model_props(graph, _INFERRED)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dynamic.onnx"
+        options = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # behind an LSTM on int8 shapes are unknown
+        quantize_dynamic(graph, path, op_types_to_quantize=["MatMul"], per_channel=True, extra_options=options)
+        return onnx.load(path)
+
+
+def _quantize_lstm(graph: Any, node: Any) -> None:
+    """Put onnxruntime's LSTM on int8 in the place of a float one, its weights turned to [directions, inputs, gates].
+
+    onnxruntime's quantizer has one scale for each direction where training has one for each row of the weights.
+    """
+    from onnx import helper, numpy_helper
+
+    known = float_weights(graph)
+    weights = [known[name] for name in node.input[1:3] if name in known]
+    if len(weights) < 2 or any(attribute.name == "layout" and attribute.i for attribute in node.attribute):
+        return
+    node.input.extend([""] * (8 - len(node.input)))
+    for weight in weights:
+        codes, scale = grid_codes(weight.values, "int8", weight.channels)
+        weight.fill(codes.transpose(1, 2).contiguous().numpy())
+        name, scales = weight.initializer.name, scale.squeeze(2).numpy()
+        for suffix, values in (("scale", scales), ("zero", np.zeros(scales.shape, np.int8))):
+            node.input.append(f"{name}_{suffix}")
+            graph.graph.initializer.append(numpy_helper.from_array(values, f"{name}_{suffix}"))
+    node.op_type, node.domain = "DynamicQuantizeLSTM", "com.microsoft"
+    kept = [attribute for attribute in node.attribute if attribute.name != "layout"]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if not any(opset.domain == node.domain for opset in graph.opset_import):
+        graph.opset_import.append(helper.make_opsetid(node.domain, 1))

@@ -32,7 +32,8 @@ def evaluate(artifacts: Mapping[str, Artifact] | Artifact, split: str = "validat
     Columns: `artifact`, `site`, `patients`, `positive`; `accuracy`, `auc`, `sensitivity`, `specificity`, `brier` (the
     Brier score) and `calibration` (mean risk minus the share that is positive), each with its 95 % interval in
     `<name>_low` and `<name>_high`, NaN where not estimable, which `note` explains; what the file costs (`latency_ms`,
-    `bytes`, `zstd_bytes`) and what its training sent. Raises ValueError for an unknown split or more than two classes.
+    `bytes`, `zstd_bytes`) and what its training sent, NaN for a module of one's own. Raises ValueError for an unknown
+    split or more than two classes.
     """
     import pandas
 
@@ -41,7 +42,7 @@ def evaluate(artifacts: Mapping[str, Artifact] | Artifact, split: str = "validat
         part, groups = _groups(artifact, split)
         risk, y = artifact.predict(part.x)[:, 1], part.y.numpy()
         costs = {cost: getattr(artifact, cost) for cost in COSTS}
-        sent = {key: artifact.card["training"][key] for key in TRAFFIC}
+        sent = {key: (artifact.card["training"] or {}).get(key, np.nan) for key in TRAFFIC}
         for site, where in groups.items():
             rows.append({"artifact": name, "site": site, **measure(risk[where], y[where]), **costs, **sent})
     return pandas.DataFrame(rows)
@@ -137,7 +138,7 @@ def _groups(artifact: Artifact, split: str, dataset: Dataset | None = None) -> t
     """The split, and which of its samples belong to each site and to all."""
     if split not in data.SPLITS:
         raise ValueError(f"split must be one of {', '.join(data.SPLITS)}, got {split!r}")
-    known = dataset or data.load(artifact.card["experiment"]["dataset"])
+    known = dataset or artifact.dataset
     if len(known.classes) != 2:
         raise ValueError(f"dataset must have two classes to have positives, {known.name!r} has {len(known.classes)}")
     part = known.filled(split)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
+from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
 
@@ -17,6 +19,13 @@ from fedlab_kit.statistics import wilson
 THREADS = 1  # of the runtime, in every measurement
 BATCH = 64  # samples at once where throughput counts
 WHOLE = 1000  # samples at once where accuracy counts: a whole split of the digits
+RUNTIMES = (("1.17", 20, 9), ("1.18", 21, 10), ("1.21", 22, 10), ("1.23", 23, 11), ("1.24", 25, 13))
+"""Releases of onnxruntime, and the newest opset and IR version that each opens: published (onnxruntime.ai, reference,
+compatibility), and tried here from 1.17.3 to 1.24.1."""
+SINCE = (
+    dict.fromkeys(("INT4", "UINT4"), "1.19") | {"8 bits": "1.23"} | dict.fromkeys(("INT2", "UINT2", "2 bits"), "1.24")
+)
+"""Kinds of stored codes, and of MatMulNBits, that need a later release than their opset; tried likewise."""
 
 
 class Timing(NamedTuple):
@@ -26,8 +35,8 @@ class Timing(NamedTuple):
     spread: float
 
 
-def open_session(content: bytes, optimize: bool = True) -> Any:
-    """Open a file's bytes in onnxruntime, on the CPU, with one thread; without `optimize` just as its nodes say."""
+def open_session(content: bytes | Path, optimize: bool = True) -> Any:
+    """Open a file or its bytes in onnxruntime, on the CPU, with one thread; without `optimize` as its nodes say."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -36,6 +45,20 @@ def open_session(content: bytes, optimize: bool = True) -> Any:
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def oldest_runtime(graph: Any) -> str:
+    """Return the oldest onnxruntime that opens an onnx.ModelProto, as far back as was tried, see `RUNTIMES`."""
+    from onnx import TensorProto
+    from onnxruntime import __version__ as here
+
+    opset = max(one.version for one in graph.opset_import if one.domain in ("", "ai.onnx"))
+    opens = [release for release, newest, ir in RUNTIMES if opset <= newest and graph.ir_version <= ir]
+    kinds = [TensorProto.DataType.Name(tensor.data_type) for tensor in graph.graph.initializer]
+    packed = [node for node in graph.graph.node if node.op_type == "MatMulNBits"]
+    kinds += [f"{a.i} bits" for node in packed for a in node.attribute if a.name == "bits"]
+    releases = [*(opens or [here])[:1], *(SINCE[kind] for kind in kinds if kind in SINCE)]
+    return max(releases, key=lambda release: [int(number) for number in release.split(".")[:2]])
 
 
 def logits(session: Any, x: Tensor | np.ndarray, batch: int = WHOLE) -> np.ndarray:
@@ -55,65 +78,74 @@ def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
     return correct / len(split), wilson(correct, len(split))
 
 
-def timings(calls: Sequence[Callable[[], Any]], seconds: float = 0.03, least: int = 5) -> list[Timing]:
+def timings(
+    calls: Sequence[Callable[[], Any]], seconds: float = 0.03, least: int = 5, most: float = inf
+) -> list[Timing]:
     """Time several calls in turns, so that a disturbance of the machine meets them all alike.
 
-    Each runs once untimed, then in turns until `seconds` per call have passed and each ran `least` times. A turn
-    begins untimed: the call before has filled the cache with weights of its own, as it would not in service.
+    Each runs once untimed, then in turns until `seconds` per call have passed and each ran `least` times, or `most`
+    seconds per call have. A turn begins untimed: the call before has filled the cache with weights of its own, as it
+    would not in service.
     """
     for call in calls:
         call()
     taken: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds * len(calls)
-    while len(taken[0]) < least or time.perf_counter() < end:
+    begin, passed = time.perf_counter(), 0.0
+    while not taken[0] or passed < seconds * len(calls) or (len(taken[0]) < least and passed < most * len(calls)):
         for call, samples in zip(calls, taken, strict=True):
             if len(calls) > 1:
                 call()
             start = time.perf_counter()
             call()
             samples.append(time.perf_counter() - start)
+        passed = time.perf_counter() - begin
     return [_summary(samples) for samples in taken]
 
 
 def _summary(samples: list[float]) -> Timing:
-    low, middle, high = quantiles(samples, n=4, method="inclusive")
+    low, middle, high = quantiles(samples * 2 if len(samples) == 1 else samples, n=4, method="inclusive")
     return Timing(middle, high - low)
 
 
 def latencies(sessions: Sequence[Any], x: Tensor | np.ndarray, seconds: float = 0.03) -> list[Timing]:
-    """Time sessions against each other on the same batch of raw samples [n, ...]."""
+    """Time sessions against each other on the same batch of raw samples [n, ...]; large networks have fewer turns."""
     raw = np.asarray(x)
-    return timings([partial(session.run, None, {"x": raw}) for session in sessions], seconds)
+    return timings([partial(session.run, None, {"x": raw}) for session in sessions], seconds, most=10 * seconds)
+
+
+# Where a node takes weights in; the rest of its inputs are activations, biases and settings.
+WEIGHT_INPUTS = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"), (1,)),
+    **dict.fromkeys(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"), (1, 2)),
+    "Gather": (0,),
+}
+_DECODING = ("Cast", "Mul", "DequantizeLinear", "Transpose")  # what stored weights pass through on their way to a node
 
 
 def sparsity(graph: Any) -> float:
-    """Return the share of zeros among the weights of an onnx.ModelProto, float or quantized (code zero).
+    """Return the share of zeros among all weights of an onnx.ModelProto, float or quantized (code zero).
 
-    Weights are what Conv, Gemm and MatMul nodes multiply activations by. Shared weights count once.
+    Shared weights count once.
     """
     weights = stored_weights(graph).values()
     return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.size for w in weights))
 
 
 def stored_weights(graph: Any) -> dict[str, np.ndarray]:
-    """Return the stored values or codes of each weight, by the name of its initializer."""
+    """Return the stored values or codes of each weight, by the name of its initializer, in the order of the nodes.
+
+    Weights are what layers multiply activations by or look up: matrices and kernels, recurrent ones and tables.
+    """
     from onnx import numpy_helper
 
     stored = {item.name: item for item in graph.graph.initializer}
-    # a quantized weight reaches its node through a DequantizeLinear, a half-precision one perhaps through a Cast
-    through = {n.output[0]: n.input[0] for n in graph.graph.node if n.op_type in ("DequantizeLinear", "Cast")}
+    through = {node.output[0]: node.input[0] for node in graph.graph.node if node.op_type in _DECODING}
     weights = {}
     for node in graph.graph.node:
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits"):
-            name = through.get(node.input[1], node.input[1])
-            if name in stored:
-                values = numpy_helper.to_array(stored[name])
-                weights[name] = unpack_int4(values, node) if node.op_type == "MatMulNBits" else values
+        for position in WEIGHT_INPUTS.get(node.op_type, ()):
+            name = node.input[position]
+            while name in through:
+                name = through[name]
+            if name in stored and len(stored[name].dims) > 1 and name not in weights:
+                weights[name] = numpy_helper.to_array(stored[name])
     return weights
-
-
-def unpack_int4(packed: np.ndarray, node: Any) -> np.ndarray:
-    """Return the codes -8..7 [N, K] of a MatMulNBits node from its bytes [N, blocks, block / 2], padding removed."""
-    inputs = next(attribute.i for attribute in node.attribute if attribute.name == "K")
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-    return codes[:, :inputs].astype(np.int8) - 8

@@ -140,7 +140,8 @@ def distil_ensemble(
             logits = model.module(inputs[index])
             gradient = distillation_slope(logits.detach(), target[index], unlabelled[index], e.temperature, 1.0)
             logits.backward(gradient.div_(len(index)))
-            weights.sub_(model.gradient, alpha=e.lr)
+            step = model.gradient if task.shared is None else model.gradient * task.shared.to(weights.device)
+            weights.sub_(step, alpha=e.lr)
             if mask is not None:
                 weights.mul_(mask)
     return weights

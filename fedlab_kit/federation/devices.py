@@ -120,5 +120,4 @@ def slice_mask(shapes: tuple[tuple[int, ...], ...], share: float) -> Tensor:
 @lru_cache(maxsize=16)
 def _flops(task: Task) -> int:
     """Return the operations of one sample's forward pass through the whole model."""
-    task.model.module.eval()
-    return flops(task.model.module, task.dataset.shape)
+    return flops(task.model.module, task.inputs(torch.zeros(1, dtype=torch.int64, device=task.x.device)))

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from functools import cached_property
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from fedlab_kit.compression.prune import NORMS, prunable
 from fedlab_kit.federation.fast_path import Stack
 from fedlab_kit.models import Draws
-
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-"""The layers that count as normalization."""
 
 
 class Layout:
@@ -96,6 +95,11 @@ class FlatModel:
         """Return what the model answers to preprocessed inputs that come in chunks [k, *shape]: [n, classes]."""
         self.module.eval()
         return torch.cat([self.stack.logits(self.weights, x) if self.stack else self.module(x) for x in chunks])
+
+    @cached_property
+    def prunable(self) -> Tensor:
+        """Which weights masks may remove, bool [P] on the model's device: those that a recipe prunes as well."""
+        return self.layout.marked(set(prunable(self.module))).to(self.weights.device)
 
     @property
     def norms(self) -> set[str]:

@@ -12,7 +12,7 @@ from math import ceil, cos, pi
 import torch
 from torch import Tensor
 
-from fedlab_kit.compression.prune import mask_ratio, masked_share, prunable_mask, random_mask, regrow, shrink
+from fedlab_kit.compression.prune import mask_ratio, masked_share, random_mask, regrow, shrink
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.setup import Task
 
@@ -25,16 +25,15 @@ def first_mask(task: Task) -> Tensor | None:
     What a `start` was pruned of stays zero. A dynamic or a fixed mask has its full size from the beginning: what it
     still lacks is drawn at random, or after a pruned start taken from its smallest weights.
     """
-    experiment, shapes = task.experiment, task.model.layout.shapes
+    experiment, candidates = task.experiment, task.model.prunable
     whole = experiment.mask_ratio and experiment.mask_schedule in ("dynamic", "fixed")
     if was_pruned(experiment):
-        kept = (task.initial != 0) | ~prunable_mask(shapes).to(task.initial.device)
-        scores = task.initial.abs()
+        kept, scores = (task.initial != 0) | ~candidates, task.initial.abs()
         if experiment.mask_schedule == "fixed":
             scores = torch.rand(len(kept), generator=torch.Generator().manual_seed(experiment.seed)).to(kept.device)
-        return shrink(kept, scores, shapes, experiment.mask_ratio) if whole else kept
+        return shrink(kept, scores, candidates, experiment.mask_ratio) if whole else kept
     if whole:
-        return random_mask(shapes, experiment.mask_ratio, experiment.seed).to(task.initial.device)
+        return random_mask(candidates, experiment.mask_ratio, experiment.seed)
     return None
 
 
@@ -69,14 +68,14 @@ def exchanged(experiment: Experiment, round: int) -> float:
 
 def next_mask(task: Task, round: int, weights: Tensor, mask: Tensor | None, gradient: Tensor | None) -> Tensor:
     """Return the mask after this round for the averaged `weights` [P]; `gradient` [P] only where the mask grows."""
-    experiment, shapes = task.experiment, task.model.layout.shapes
+    experiment, candidates = task.experiment, task.model.prunable
     if mask is not None and gradient is not None:
-        return regrow(mask, weights, gradient, shapes, exchanged(experiment, round))
+        return regrow(mask, weights, gradient, candidates, exchanged(experiment, round))
     first, last = (0, _last(experiment)) if experiment.mask_schedule == "gradual" else (round - 1, round)
     begun = first_mask(task)
-    before = 0.0 if begun is None else masked_share(begun, shapes)
+    before = 0.0 if begun is None else masked_share(begun, candidates)
     ratio = mask_ratio(round, first, last, experiment.mask_ratio, before)
-    return shrink(torch.ones_like(weights, dtype=torch.bool) if mask is None else mask, weights.abs(), shapes, ratio)
+    return shrink(torch.ones_like(candidates) if mask is None else mask, weights.abs(), candidates, ratio)
 
 
 def dense_gradient(task: Task, weights: Tensor, state: Tensor, client: int, mask: Tensor) -> Tensor:

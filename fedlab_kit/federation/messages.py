@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlab_kit.compression.prune import prunable_mask
 from fedlab_kit.federation.devices import client_mask
 from fedlab_kit.federation.masking import exchanged, first_mask, grows
 from fedlab_kit.federation.setup import Task, rng_for
@@ -90,7 +89,7 @@ def payload_parts(task: Task, round: int, mask: Tensor | None) -> list[Part]:
         parts.append(Part("control", make("fp32"), size, task.shared))
     if mask is not None and grows(e, round):
         # Pruned entries compete to grow, and as many gradients are sent as will grow.
-        candidates = prunable_mask(task.model.layout.shapes)
+        candidates = task.model.prunable.cpu()
         where, wanted = candidates & ~mask.cpu(), exchanged(e, round) * int((candidates & mask.cpu()).sum())
         keep = min(1.0, max(1.0, wanted) / max(1, int(where.sum())))
         parts.append(Part("growth", make("topk", keep=keep), size, where))

@@ -196,7 +196,8 @@ def _record(
     # All that the server remembers must be finite: an infinite moment stops every later step without a word.
     finite = all(bool(t.isfinite().all()) for t in (after.weights, *after.optimizer.values()) if t.is_floating_point())
     finite = finite and isfinite(result.loss) and (bool(answered) or any(payloads.values()) or not payloads)
-    note = "" if answered else "nobody answered: the model stays as it was"
+    left = "was given noise alone" if after.experiment.privacy == "client" else "stays as it was"
+    note = "" if answered else f"nobody answered: the model {left}"
     if not finite:
         note = f"diverged: the numbers are no longer finite; try a learning rate below {after.experiment.lr:g}"
     accuracy, low, high = result.accuracy()

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlab_kit import catalog
-from fedlab_kit.compression.prune import plan_channels, prune_channels, prune_weights
-from fedlab_kit.compression.quantize import quantized
+from fedlab_kit.compression.prune import prune
+from fedlab_kit.compression.quantize import parameter_dtypes, quantized
 from fedlab_kit.data import Dataset, Split, at_hand, load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat_model import FlatModel
@@ -106,12 +106,17 @@ class Task:
         """Return `weights` [P] or [clients, P] rounded to the grid of `qat`; the same tensor when that is off."""
         if self.experiment.qat == "off":
             return weights
-        layout, stacked, rounded = self.model.layout, weights.ndim == 2, []
-        for part, shape in zip(weights.split(layout.sizes, dim=-1), layout.shapes, strict=True):
-            if len(shape) >= 2:
-                part = quantized(part.unflatten(-1, shape), self.experiment.qat, stacked).flatten(int(stacked))
+        layout, channels, rounded = self.model.layout, tuple(range(weights.ndim)), []  # of each client by itself
+        parts = weights.split(layout.sizes, dim=-1)
+        for name, shape, part in zip(layout.names, layout.shapes, parts, strict=True):
+            if dtype := self._dtypes.get(name):
+                part = quantized(part.unflatten(-1, shape), dtype, channels).flatten(weights.ndim - 1)
             rounded.append(part)
         return torch.cat(rounded, dim=-1)
+
+    @cached_property
+    def _dtypes(self) -> dict[str, str]:
+        return _dtypes(self.model, self.experiment)
 
     def evaluate(self, weights: Tensor, split: Split, state: Tensor | None = None) -> Evaluation:
         """Count the hits of the model with `weights` [P] and `state` [S] on a split, stratum by stratum.
@@ -200,6 +205,8 @@ def _task(experiment: Experiment, parents: Parents, makers: object, thread: int)
             f"and its like keep of samples ({model.state_layout.names[0]}) would leave the client bare; use GroupNorm, "
             "or normalization 'own'"
         )
+    if e.qat != "off":
+        _round_frozen(model, e)
     shards = partition(dataset, e.partition, e.clients, e.alpha, e.seed)
     own = e.normalization == "own"
     if own and not (model.norms or model.state_layout.size):
@@ -222,6 +229,21 @@ def _task(experiment: Experiment, parents: Parents, makers: object, thread: int)
     )
 
 
+def _dtypes(model: FlatModel, experiment: Experiment) -> dict[str, str]:
+    """Return the dtype of each parameter that `qat` rounds, frozen ones too, by name."""
+    shapes = {name: tuple(p.shape) for name, p in model.module.named_parameters() if name not in model.norms}
+    return parameter_dtypes(shapes, experiment.qat, experiment.qat_keep)
+
+
+@torch.no_grad()
+def _round_frozen(model: FlatModel, experiment: Experiment) -> None:
+    """Put frozen weights on the grid once: they are in no vector that could be rounded at each step."""
+    for name, dtype in _dtypes(model, experiment).items():
+        parameter = model.module.get_parameter(name)
+        if not parameter.requires_grad:
+            parameter.copy_(quantized(parameter, dtype))
+
+
 def _module(experiment: Experiment, parents: Parents, dataset: Dataset) -> nn.Module:
     """Return the model with its weights before round one: fresh, or the final one of `start`, pruned."""
     start, recipe = experiment.start, experiment.start_recipe
@@ -236,8 +258,5 @@ def _module(experiment: Experiment, parents: Parents, dataset: Dataset) -> nn.Mo
             f"got {list(theirs.shape)} in {len(theirs.classes)} of dataset {theirs.name!r}"
         )
     module = deepcopy(parents.start.module).cpu()
-    if recipe is None or recipe.prune_ratio == 0:
-        return module
-    if recipe.prune == "channel":
-        return prune_channels(module, dataset.shape, plan_channels(module, dataset.shape, recipe.prune_ratio))
-    return prune_weights(module, recipe.prune_ratio)
+    sample = dataset.preprocess(dataset.train.x[:2])
+    return module if recipe is None else prune(module, sample, recipe, experiment.model)[0]

@@ -12,13 +12,13 @@ from importlib import import_module
 from pathlib import Path
 from threading import Event, Lock, Timer, main_thread
 
-from fedlab_kit.deployment.artifact import Artifact, compress, load, slug
+from fedlab_kit.deployment.artifact import Artifact, compress, load, recall, slug
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.setup import task
 from fedlab_kit.files import StoreError, spare_folder
-from fedlab_kit.lab.points import Point, Points, said
-from fedlab_kit.lab.wording import complaint
+from fedlab_kit.lab.points import Points, said
 from fedlab_kit.run import Run
+from fedlab_kit.settings import complaint
 
 DELAY = 0.08  # seconds that a recipe must stand before it is measured, so that a drag ends in one point
 PARTS = ("onnx", "onnxscript", "onnxruntime.quantization", "torch._dynamo", "torch_pruning", "matplotlib.figure")
@@ -133,8 +133,8 @@ class Compressor:
         self.error = self._unstored = ""
         for one in dict.fromkeys((Recipe(), recipe)):
             point = self.points.find(run, one)
-            if point and self._open(point):
-                self.points.count(point)
+            if point and (known := point.artifact or self._known(run, one)):
+                self.points.count(self.points.opened(point, known))
                 continue
             self.say(f"Measuring {slug(one).replace('-', ' ')}.")
             self.points.add(run, one, self._made(run, one))
@@ -142,12 +142,11 @@ class Compressor:
             self.points.show(found)
         self.say(self._outcome())
 
-    def _open(self, point: Point) -> Point | None:
-        """Load the artifact of a point of an earlier bench; None when its files are no longer whole."""
-        try:
-            return point if point.artifact else self.points.opened(point, load(point.path))
-        except StoreError:
-            return None
+    def _known(self, run: Run, recipe: Recipe) -> Artifact | None:
+        """Return the artifact of an earlier bench; None where it is to be made again."""
+        with suppress(StoreError):
+            return recall(run, recipe)
+        return None
 
     def _made(self, run: Run, recipe: Recipe) -> Artifact:
         try:
@@ -164,10 +163,12 @@ class Compressor:
     def _choose(self, number: int) -> None:
         self.error = self._unstored = ""
         point = self.points.all[number - 1]
-        whole = self._open(point)
-        if whole is None:
-            raise StoreError(f"{point.path} is missing or altered: press Run with its settings to make it again")
-        self.points.show(whole)
+        try:
+            self.points.show(point if point.artifact else self.points.opened(point, load(point.path)))
+        except StoreError:
+            raise StoreError(
+                f"{point.path} is missing or altered: press Run with its settings to make it again"
+            ) from None
         self.say(self._outcome())
 
     def _do(self, doing: str, job: Callable[[], str]) -> None:

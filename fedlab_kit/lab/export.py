@@ -20,6 +20,7 @@ import torch
 
 from fedlab_kit import catalog
 from fedlab_kit.deployment.artifact import Artifact, load
+from fedlab_kit.deployment.score import harmless
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError, at, filling
 from fedlab_kit.lab.report import report
@@ -229,6 +230,10 @@ def _fill(folder: Path, artifact: Artifact, run: StoredRun, points: Sequence[Map
     for file in _files(artifact):
         shutil.copyfile(artifact.path.with_name(file), folder / file)
     copy = load(folder / artifact.path.name)
+    if copy.card["run"] != run.key:
+        raise ValueError(
+            f"{artifact.path.name} must be of the run it is exported with, {run.key}: it is of another one"
+        )
     if copy.card["data"]["digest"] != run.dataset.digest:
         raise StoreError("the data set is another one now: press Run with this point's settings to make it again")
     copy.test()
@@ -239,11 +244,14 @@ def _fill(folder: Path, artifact: Artifact, run: StoredRun, points: Sequence[Map
 
 
 def _write_points(file: Path, points: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows with the names of their files only: folders of this machine mean nothing elsewhere."""
+    """Write the rows with the names of their files only: folders of this machine mean nothing elsewhere.
+
+    No spreadsheet takes text for a formula, see `harmless`.
+    """
     import pandas
 
     table = pandas.DataFrame([{**point, "path": Path(point["path"]).name} for point in points])
-    table.rename(columns={"path": "file"}).to_csv(file, index=False)
+    table.rename(columns={"path": "file"}).map(harmless).to_csv(file, index=False)
 
 
 def _files(artifact: Artifact) -> tuple[str, str]:

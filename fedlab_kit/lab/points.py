@@ -88,7 +88,7 @@ class Points:
 
     def opened(self, point: Point, artifact: Artifact) -> Point:
         """Keep the artifact of a point of an earlier bench; returns the point with it."""
-        whole = replace(point, artifact=artifact)
+        whole = replace(point, artifact=artifact, card=artifact.card)
         self.all = tuple(whole if one.number == point.number else one for one in self.all)
         return whole
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from fedlab_kit import data
 from fedlab_kit.data import Dataset
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.deployment.monitor import Alarm, Monitor
@@ -20,7 +19,7 @@ from fedlab_kit.lab.control import KNOB, Control
 from fedlab_kit.lab.controls import Controls, help_text
 from fedlab_kit.lab.looks import alarm_table, describe_distances, distances
 from fedlab_kit.lab.screen import halves, heading, page, status
-from fedlab_kit.lab.wording import complaint
+from fedlab_kit.settings import complaint
 
 TEXT = "Watch: run this notebook to see and use the bench for drift and alarm."
 Wish = tuple[str, Stream]
@@ -117,7 +116,7 @@ class Watch:
 
 
 def _table(artifact: Artifact) -> Dataset:
-    known = data.load(artifact.card["experiment"]["dataset"])
+    known = artifact.dataset
     if len(known.shape) != 1 or not known.sites:
         raise ValueError(f"dataset must be a table with sites, {known.name!r} is none")
     return known

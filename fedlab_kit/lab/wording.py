@@ -11,11 +11,6 @@ from fedlab_kit.run import Run
 from fedlab_kit.settings import Settings
 
 
-def complaint(error: Exception) -> str:
-    """Say what went wrong: in the error's own words, and with its type where nobody expected it."""
-    return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
-
-
 def outcome(run: Run) -> str:
     """Say how a run ended, what it reached, when and where that was measured, and what its privacy is worth."""
     rounds, asked = len(run.records), run.experiment.rounds

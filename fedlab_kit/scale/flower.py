@@ -13,8 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from threading import Event
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read once, when flwr is imported
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Nobody phones home; the first is read once, when flwr is imported.
+os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp

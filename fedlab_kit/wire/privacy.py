@@ -67,13 +67,18 @@ LEAVES: tuple[Leaving, ...] = (
     Leaving("validation hits and losses", OUTSIDE, OUTSIDE),
     Leaving("normalization constants", OUTSIDE, OUTSIDE),
     Leaving("sites' sums and squares", OUTSIDE, OUTSIDE, lambda e, r: bool(load(e.dataset).sites)),
-    Leaving("calibration ranges", OUTSIDE, OUTSIDE, lambda e, r: (r.dtype, r.quantization) == ("int8", "static")),
+    Leaving("calibration ranges", OUTSIDE, OUTSIDE, lambda e, r: _static(r)),
+    Leaving("calibration histograms", OUTSIDE, OUTSIDE, lambda e, r: _static(r) and r.calibration != "minmax"),
     Leaving("local baselines", OUTSIDE, OUTSIDE, lambda e, r: e.partition == "site"),
     Leaving("public samples", REFUSED, OUTSIDE, lambda e, r: e.strategy == "feddf"),
     Leaving("the choice among runs", OUTSIDE, OUTSIDE),
     Leaving("the seed of noise and cohorts", OUTSIDE, OUTSIDE),
 )
 """Every number that leaves a client, or is made of its samples where all can see it, under some settings."""
+
+
+def _static(recipe: Recipe) -> bool:
+    return (recipe.dtype, recipe.quantization) == ("int8", "static")
 
 
 def outside(experiment: Experiment, recipe: Recipe | None = None) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlab_kit.compression.prune import prune
 from fedlab_kit.data import load
-from fedlab_kit.deployment.artifact import prune
 from fedlab_kit.deployment.export import export
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.setup import task
@@ -107,7 +107,7 @@ def _file_bytes(recipe: Recipe) -> int:
     data = load("digits")
     model = build("cnn", data.shape, len(data.classes), seed=7)
     try:
-        pruned = prune(model, data.shape, recipe)
+        pruned, _ = prune(model, data.shape, recipe, "cnn")
     except ValueError as error:
         raise Hint(f"That recipe cannot be used: {error}") from None
     return len(export(pruned, data.preprocess, data.validation.x[:8]).SerializeToString())

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlab_kit.compression.quantize import int4_codes
-from fedlab_kit.deployment.convert import merge_ranges
+from fedlab_kit.compression.quantize import grid_codes
+from fedlab_kit.deployment.static import merge_ranges
 from fedlab_kit.lab.exercises import Hint, call, exercise, number
 
 LAYER = (128, 784)  # the first Linear of `mlp`, what 03-3 asks about
@@ -85,16 +85,15 @@ def _ranges(found: Any) -> dict[str, tuple[float, float]]:
 def bits_per_weight(answer: Any) -> str:
     """The bits that one weight of the first Linear layer of `mlp` takes in the int4 file, scales included."""
     given = number(answer, "a number of bits")
-    codes, scale = int4_codes(torch.zeros(LAYER))
+    codes, scale = grid_codes(torch.zeros(LAYER), "int4")
     size = codes.numel() // 2 + 4 * scale.numel()
-    truth = 8 * size / (LAYER[0] * LAYER[1])
+    truth = 8 * size / codes.numel()
     if abs(given - truth) < 0.01:
-        return f"{size:,} bytes for {LAYER[0] * LAYER[1]:,} weights, {truth:.2f} bits each."
+        return f"{size:,} bytes for {codes.numel():,} weights, {truth:.2f} bits each."
     hints = {
-        4.0: "Those are the codes alone. Each block has a scale too, a float of 32 bits.",
-        5.0: "Nearly. 784 inputs are 24 blocks and a half, and the last one is filled up.",
+        4.0: "Those are the codes alone. Each row has a scale too, a float of 32 bits.",
+        36.0: "The scale is there once for all weights of its row, not once for each.",
         8 * size: "That is the size of the layer in bits: divide by its number of weights.",
         size: "That is the size of the layer in bytes: how many bits is that for one weight?",
     }
-    advice = "A row has 784 codes of 4 bits in blocks of 32, and each block a scale of 32 bits."
-    raise Hint(hints.get(round(given, 2), advice))
+    raise Hint(hints.get(round(given, 2), "A row has 784 codes of 4 bits, and one scale of 32 bits."))

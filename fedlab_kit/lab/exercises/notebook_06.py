@@ -9,7 +9,7 @@ import numpy as np
 
 from fedlab_kit import data
 from fedlab_kit.deployment import measure
-from fedlab_kit.deployment.artifact import LEVEL, Artifact, compress, load
+from fedlab_kit.deployment.artifact import Artifact, compress, load, squeeze
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.canvas import percent
@@ -32,7 +32,7 @@ def smallest_model(answer: Any) -> str:
         artifact = load(answer.path)
     except StoreError as error:
         raise Hint(f"The file cannot be measured again: {error}.") from None
-    if artifact.card["experiment"]["dataset"] != "digits":
+    if artifact.card["data"]["name"] != "digits":
         raise Hint("The model must read the digits.")
     digits, size = data.load("digits"), _zstd_bytes(artifact)
     right, _ = measure.accuracy(artifact.session, digits.validation)
@@ -46,9 +46,7 @@ def smallest_model(answer: Any) -> str:
 
 
 def _zstd_bytes(artifact: Artifact) -> int:
-    import zstandard
-
-    return len(zstandard.ZstdCompressor(level=LEVEL).compress(artifact.path.read_bytes()))
+    return len(squeeze(artifact.path.read_bytes())[0])
 
 
 def _smaller(artifact: Artifact) -> str:
