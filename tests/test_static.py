@@ -204,6 +204,18 @@ def test_what_has_no_finite_range_stays_float() -> None:
         assert off(static.quantize(graph, static.calibrate(graph, [x], method)), graph, x[4:]) < 0.15
 
 
+@pytest.mark.parametrize("ends", [(0.4, 0.9), (-0.9, -0.4), (-0.5, 0.5)])
+def test_limits_that_leave_zero_out_still_hold(ends: tuple[float, float]) -> None:
+    torch.manual_seed(3)
+    x = raw()
+    for order in ((nn.Hardtanh(*ends), nn.MaxPool2d(2)), (nn.MaxPool2d(2), nn.Hardtanh(*ends))):
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3), conv(8, 8), nn.Conv2d(8, 8, 3), *order, nn.Conv2d(8, 4, 4), nn.Flatten()
+        )
+        graph = exported(model, x)
+        assert off(static.quantize(graph, static.calibrate(graph, [x])), graph, x) < 0.2
+
+
 def test_a_product_with_factors_keeps_them() -> None:
     model, x = nn.Linear(10, 3), torch.randn(40, 10, generator=torch.Generator().manual_seed(1))
     nn.init.constant_(model.bias, 3.0)
