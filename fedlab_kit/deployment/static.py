@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.compression.quantize import grid_codes
-from fedlab_kit.deployment.export import clean
 from fedlab_kit.deployment.measure import open_session
 
 Ranges = dict[str, tuple[np.float32, np.float32]]
@@ -190,7 +189,7 @@ def quantize(graph: Any, ranges: Ranges) -> Any:
 
     plan = _finite_plan(graph, ranges)
     if not plan.nodes:
-        return clean(plan.graph)
+        return plan.graph
     known = {name: _span(*ranges[source]) for name, source in plan.source.items()}
     onnx.helper.set_model_props(plan.graph, {"onnx.quant.pre_process": "onnxruntime.quant"})  # keeps it quiet
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +211,7 @@ def quantize(graph: Any, ranges: Ranges) -> Any:
                 "TensorQuantOverrides": _weights(plan, known),
             },
         )
-        return clean(_with_floats(onnx.load(quantized), {node.name for node in plan.nodes}))
+        return _with_floats(onnx.load(quantized), {node.name for node in plan.nodes})
 
 
 class Plan(NamedTuple):
