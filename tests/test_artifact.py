@@ -173,22 +173,16 @@ def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
     static = measure.stored_weights(convert.convert(graph, "int8", ranges))
     dynamic = measure.stored_weights(convert.convert(graph, "int8"))
     four = measure.stored_weights(convert.convert(graph, "int4"))
-    for name, weight in run.model.state_dict().items():
-        if weight.ndim < 2:
-            continue
+    weights = [weight for weight in run.model.state_dict().values() if weight.ndim >= 2]
+    linear = [weight for weight in weights if weight.ndim == 2]
+    for weight, found in zip(weights, static.values(), strict=True):
         codes = int8_codes(weight).codes.numpy()
         first = weight.shape[1] == 1  # a convolution of one channel is faster in float, and training leaves it so
-        assert np.array_equal(_called(static, name), weight.numpy() if first else codes)
+        assert np.array_equal(found, weight.numpy() if first else codes)
         assert applies(weight, "int8") is not first
-        if weight.ndim == 2:
-            assert np.array_equal(_called(dynamic, name), codes.T)  # Gemm has become MatMul
-            expected = int4_codes(weight).codes.flatten(-2)[:, : weight.shape[1]].numpy()
-            assert np.array_equal(_called(four, name), expected)
-
-
-def _called(weights: dict[str, np.ndarray], name: str) -> np.ndarray:
-    [found] = [values for key, values in weights.items() if key.startswith(name)]
-    return found
+    for weight, found, packed in zip(linear, *(list(w.values())[-len(linear) :] for w in (dynamic, four)), strict=True):
+        assert np.array_equal(found, int8_codes(weight).codes.numpy().T)  # Gemm has become MatMul
+        assert np.array_equal(packed, int4_codes(weight).codes.flatten(-2)[:, : weight.shape[1]].numpy())
 
 
 def test_merged_client_ranges_give_the_file_of_pooled_calibration(run: fk.Run, tmp_path: Path) -> None:
