@@ -33,10 +33,10 @@ class Net(nn.Module):
 class Flagged(nn.Module):
     """Branches and constants that stand in attributes alone."""
 
-    def __init__(self, limit: object = 0.3, flag: bool = True, scale: float = 1.0) -> None:
+    def __init__(self, limit: object = 0.3, flag: bool = True) -> None:
         super().__init__()
         self.body, self.limit, self.flag = nn.Linear(10, 4), limit, flag
-        self.table = torch.linspace(0.5, 1.5, 4) * scale  # no buffer
+        self.table = torch.linspace(0.5, 1.5, 4)  # no buffer
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(x)
@@ -227,7 +227,7 @@ def bounded(limit: float) -> Callable[[Tensor], Tensor]:
         (lambda: Flagged(100.0), lambda: Flagged(6.0)),
         (lambda: Flagged({"high": 100.0}), lambda: Flagged({"high": 6.0})),
         (lambda: Flagged(flag=False), lambda: Flagged(1000.0)),
-        (lambda: Flagged(scale=1.0), lambda: Flagged(scale=2.0)),
+        (lambda: Flagged(torch.tensor(100.0)), lambda: Flagged(torch.tensor(6.0))),
         (lambda: Reads("closure", bounded(100.0)), lambda: Reads("closure", bounded(6.0))),
         (lambda: Reads("keyword", 0.1), lambda: Reads("keyword", 0.100001)),
         (lambda: Reads("item"), lambda: Reads("item")),
