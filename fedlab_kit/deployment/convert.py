@@ -325,8 +325,9 @@ def _quantize_lstm(graph: Any, node: Any) -> None:
     """
     from onnx import helper, numpy_helper
 
-    weights = [float_weights(graph).get(name) for name in node.input[1:3]]
-    if None in weights or any(attribute.name == "layout" and attribute.i for attribute in node.attribute):
+    known = float_weights(graph)
+    weights = [known[name] for name in node.input[1:3] if name in known]
+    if len(weights) < 2 or any(attribute.name == "layout" and attribute.i for attribute in node.attribute):
         return
     node.input.extend([""] * (8 - len(node.input)))
     for weight in weights:
