@@ -24,7 +24,7 @@ BENCHMARKS = {
     "small": compress.small,
     "architectures": architectures.architectures,
     "masks": compress.masks,
-    "qat": compress.qat,
+    "bits": compress.bits,
     "wire": wire.bytes_to_target,
     "synthetic": wire.synthetic,
     "codecs": wire.cost,

@@ -280,6 +280,48 @@ def test_qat_agrees_on_both_paths_and_is_evaluated_on_its_grid():
     assert (logits.argmax(1) == job.dataset.validation.y).double().mean().item() == fast[1].accuracy
 
 
+@fk.model
+def half_frozen(shape, classes):
+    """A recurrent layer that learns, behind a Linear one that does not."""
+    return HalfFrozen(shape[0], classes)
+
+
+class HalfFrozen(torch.nn.Module):
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.fixed = torch.nn.Linear(inputs, 8).requires_grad_(False)
+        self.gru, self.norm = torch.nn.GRU(8, 6, batch_first=True, bidirectional=True), torch.nn.LayerNorm(12)
+        self.head = torch.nn.Linear(12, classes)
+
+    def forward(self, x):
+        return self.head(self.norm(self.gru(self.fixed(x)[:, None])[0][:, 0]))
+
+
+def test_frozen_weights_are_on_the_grid_of_qat():
+    experiment = SMALL.replace(model="half_frozen", qat="int2", rounds=2)
+    job, before = made(experiment), made(experiment.replace(qat="off")).model.module.fixed
+    frozen = job.model.module.fixed
+    assert torch.equal(frozen.weight, quantized(before.weight, "int2"))
+    assert torch.equal(frozen.bias, quantized(before.bias, "bf16"))
+    assert not torch.equal(frozen.weight, before.weight)
+    state, record = play(experiment)[-1][:2]
+    with torch.no_grad():
+        job.model.load(job.on_grid(state.weights), state.state)
+        right = job.model.module.eval()(job.dataset.preprocess(job.dataset.validation.x)).argmax(1)
+    assert (right == job.dataset.validation.y).double().mean().item() == record.accuracy
+
+
+def test_qat_keeps_the_ends_and_leaves_normalization():
+    job = made(SMALL.replace(model="half_frozen", qat="int2", qat_keep="ends"))
+    before = job.model.layout.tensors(job.initial)
+    after = job.model.layout.tensors(job.on_grid(torch.stack([job.initial, 2 * job.initial]))[1] / 2)
+    for name, tensor in after.items():
+        bias, end = "bias" in name, name == "head.weight"  # the other end is frozen
+        dtype = "fp32" if "norm" in name else "bf16" if bias else "int8" if end else "int2"
+        assert torch.equal(tensor, quantized(before[name], dtype))
+        assert torch.equal(tensor, before[name]) == ("norm" in name)
+
+
 # ---- distillation
 
 

@@ -180,6 +180,8 @@ def test_tables_with_sites_are_accepted() -> None:
     [
         (Split(torch.zeros(2, 3), torch.tensor([0, 2])), "labels must be 0 to 1, got 0 to 2"),
         (Split(torch.zeros(2, 3), torch.tensor([-1, 1])), "labels must be 0 to 1, got -1 to 1"),
+        (Split(torch.zeros(2, 3), ["a", "b"]), "y must be a tensor of int64, the numbers of the classes, got list"),
+        (Split(np.zeros((2, 3)), torch.tensor([0, 1])), "x must be a tensor of uint8 or float32, got ndarray"),
         (Split(torch.zeros(2, 3), torch.tensor([0])), r"x must be \[1, 3\] for 1 labels, got \[2, 3\]"),
         (Split(torch.zeros(2, 4), torch.tensor([0, 1])), r"x must be \[2, 3\] for 2 labels, got \[2, 4\]"),
         (Split(torch.zeros(2, 3).double(), torch.tensor([0, 1])), "x must be uint8 or float32 and y int64"),

@@ -111,6 +111,8 @@ def test_a_users_model_is_checked_when_it_is_built(monkeypatch: pytest.MonkeyPat
         "none": lambda shape, classes: None,
         "wrong shape": lambda shape, classes: nn.Linear(5, classes),
         "wrong classes": lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(784, classes + 1)),
+        "tuple": lambda shape, classes: nn.Sequential(nn.Flatten(1, 2), nn.GRU(28, classes)),
+        "indices": lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Embedding(7, 3)),
     }
     for name, maker in makers.items():
         monkeypatch.setitem(catalog.MODELS, name, maker)
@@ -122,6 +124,10 @@ def test_a_users_model_is_checked_when_it_is_built(monkeypatch: pytest.MonkeyPat
         ValueError, match=r"model 'wrong classes' must map \[2, 1, 28, 28\] to \[2, 10\], got \[2, 11\]"
     ):
         build("wrong classes", IMAGE, 10, 0)
+    with pytest.raises(ValueError, match=r"model 'tuple' must return the logits alone, a tensor \[n, 10\], got tuple"):
+        build("tuple", IMAGE, 10, 0)
+    with pytest.raises(ValueError, match=r"^model 'indices' does not take samples of shape \[1, 28, 28\]: [^\n]+$"):
+        build("indices", IMAGE, 10, 0)
 
 
 def test_building_does_not_move_running_statistics(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,10 +166,11 @@ CHANGED = {  # another value for each field, and what it needs to be allowed
     "alpha": 0.6, "rounds": 6, "local_epochs": 2, "batch_size": 11, "lr": 0.06, "strategy": "fedprox",
     "normalization": "own", "proximal_mu": 0.02, "server_lr": 0.9, "server_momentum": 0.8, "adam_lr": 0.02,
     "dropout": 0.1, "devices": "unequal", "deadline": 9.0, "mask_ratio": 0.5, "mask_schedule": "dynamic",
-    "qat": "int8", "teacher": SMALL.replace(seed=1), "temperature": 3.0, "distill_weight": 0.4, "server_epochs": 3,
-    "start": SMALL.replace(seed=1), "start_recipe": fk.Recipe(prune_ratio=0.5), "uplink": "int8", "uplink_keep": 0.02,
-    "downlink": "int8", "downlink_keep": 0.05, "bucket": 64, "rounding": "nearest", "error_feedback": False,
-    "zstd": True, "privacy": "client", "clip_norm": 0.9, "noise_multiplier": 0.9, "seed": 8, "device": "cuda",
+    "qat": "int8", "qat_keep": "ends", "teacher": SMALL.replace(seed=1), "temperature": 3.0, "distill_weight": 0.4,
+    "server_epochs": 3, "start": SMALL.replace(seed=1), "start_recipe": fk.Recipe(prune_ratio=0.5), "uplink": "int8",
+    "uplink_keep": 0.02, "downlink": "int8", "downlink_keep": 0.05, "bucket": 64, "rounding": "nearest",
+    "error_feedback": False, "zstd": True, "privacy": "client", "clip_norm": 0.9, "noise_multiplier": 0.9, "seed": 8,
+    "device": "cuda",
 }  # fmt: skip
 
 

@@ -167,15 +167,17 @@ class Textbook:
     def on_grid(self, w):
         """Each row of a matrix to whole multiples of a step, the gradient passes unchanged.
 
-        A step is the row's largest magnitude / 127, in bfloat16, as are biases.
+        A step is the row's largest magnitude / 127, in bfloat16, as are biases; normalization stays as it is.
         """
         if self.e.qat == "off":
             return w
         vector_to_parameters(w, self.model.parameters())
         rounded = []
-        for p in (p.detach() for p in self.model.parameters()):
+        for name, p in self.model.named_parameters():
+            p = p.detach()
             step = (p.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
-            rounded.append((p / step).round() * step if p.ndim == 2 else p.bfloat16().float())
+            bias = p if name.startswith("norm") else p.bfloat16().float()
+            rounded.append((p / step).round() * step if p.ndim == 2 else bias)
         return flat(rounded)
 
     # ---- what travels

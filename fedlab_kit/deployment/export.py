@@ -37,6 +37,7 @@ _LAYERS = ("conv", "conv_transpose", "gemm")  # into which a BatchNorm behind th
 _skeletons: dict[tuple[Any, ...], Any] = {}
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _WINDOWS = dict.fromkeys(("Conv", "ConvTranspose", "MaxPool", "AveragePool"), ("strides", "dilations", "pads"))
+_TALKERS = ("torch.onnx", "torch.export", "torch.fx", "torch._guards", "torch._dynamo", "onnx_ir", "onnxscript")
 _PLAIN = (
     type(None), bool, int, float, complex, str, slice, type(...),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -158,7 +159,7 @@ def _keys(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> tuple[tu
     """What the graph depends on apart from the weights; the second, apart from the tensors' sizes too."""
     with Trace({"x": x, **tensors}) as trace:
         deployed(x)
-    calls = (tuple(x.shape), x.dtype, *map(type, deployed.modules()), *trace.calls)
+    calls = (tuple(x.shape), x.dtype, *(type(module).forward for module in deployed.modules()), *trace.calls)
     return (*calls, *trace.sizes), calls
 
 
@@ -281,7 +282,7 @@ def _rename(graph: Any, short: bool) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep exporter and optimizer from printing: what they say is about themselves, and errors are raised anyway."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnx_ir", "onnxscript")]
+    loggers = [logging.getLogger(name) for name in _TALKERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.compression.quantize import grid_codes
-from fedlab_kit.deployment.export import clean
 from fedlab_kit.deployment.measure import open_session
 
 Ranges = dict[str, tuple[np.float32, np.float32]]
@@ -190,7 +189,7 @@ def quantize(graph: Any, ranges: Ranges) -> Any:
 
     plan = _finite_plan(graph, ranges)
     if not plan.nodes:
-        return clean(plan.graph)
+        return plan.graph
     known = {name: _span(*ranges[source]) for name, source in plan.source.items()}
     onnx.helper.set_model_props(plan.graph, {"onnx.quant.pre_process": "onnxruntime.quant"})  # keeps it quiet
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +211,7 @@ def quantize(graph: Any, ranges: Ranges) -> Any:
                 "TensorQuantOverrides": _weights(plan, known),
             },
         )
-        return clean(_with_floats(onnx.load(quantized), {node.name for node in plan.nodes}))
+        return _with_floats(onnx.load(quantized), {node.name for node in plan.nodes})
 
 
 class Plan(NamedTuple):
@@ -244,24 +243,24 @@ def _plan(graph: Any, banned: Container[str] = ()) -> Plan:
     """
     ordered = type(graph)()
     ordered.CopyFrom(graph)
-    shapes = {item.name: list(item.dims) for item in ordered.graph.initializer}
+    constants = {item.name: item for item in ordered.graph.initializer}
     users = Counter([*(end.name for end in graph.graph.output), *(n for node in graph.graph.node for n in node.input)])
     plan, born, producer = Plan(ordered, [], {}), set[str](), dict[str, Any]()
     for node in ordered.graph.node:
         before = producer.get(node.input[0]) if node.input else None
         inside = before is not None and before.input[0] in born
-        if before is not None and users[node.input[0]] == 1 and _misplaced(before, node, inside):
+        if before is not None and users[node.input[0]] == 1 and _misplaced(before, node, inside, constants):
             _exchange(before, node)
             if inside:
                 _share(before, plan.source, users)
         producer |= dict.fromkeys(node.output, node)
-        taken = [name for name in node.input if name and name not in shapes]
+        taken = [name for name in node.input if name and name not in constants]
         if any(name in banned for name in (*taken, *node.output)):
             continue
-        if node.op_type in LAYERS and _has_grid(node, shapes):
+        if node.op_type in LAYERS and _has_grid(node, constants):
             plan.nodes.append(node)
             plan.source.setdefault(taken[0], taken[0])
-        elif node.op_type in FOLLOWS and taken and born.issuperset(taken) and _joins(node, taken):
+        elif node.op_type in FOLLOWS and taken and born.issuperset(taken) and _joins(node, taken, constants):
             plan.nodes.append(node)
         else:
             continue
@@ -279,9 +278,10 @@ def _share(node: Any, source: dict[str, str], users: Counter[str]) -> None:
         source[given] = made
 
 
-def _misplaced(first: Any, second: Any, born: bool) -> bool:
+def _misplaced(first: Any, second: Any, born: bool, constants: dict[str, Any]) -> bool:
     pool, limit = (first, second) if born else (second, first)
-    return pool.op_type == "MaxPool" and limit.op_type in LIMITS and len(pool.output) == 1
+    moves = pool.op_type == "MaxPool" and limit.op_type in LIMITS and len(pool.output) == 1
+    return moves and _joins(limit, limit.input[:1], constants)
 
 
 def _with_floats(graph: Any, quantized: Container[str]) -> Any:
@@ -306,22 +306,29 @@ def _exchange(first: Any, second: Any) -> None:
     second.input[0], second.output[0] = other.input[0], other.output[0]
 
 
-def _has_grid(node: Any, shapes: dict[str, list[int]]) -> bool:
+def _has_grid(node: Any, constants: dict[str, Any]) -> bool:
     """Whether a layer multiplies an activation by weights with an int8 grid, and adds a constant or nothing."""
-    if node.input[0] in shapes or not all(name in shapes for name in node.input[1:]):
+    if node.input[0] in constants or not all(name in constants for name in node.input[1:]):
         return False
     settings = {item.name: item.f if item.type == item.FLOAT else item.i for item in node.attribute}
     if node.op_type == "Gemm" and any(settings.get(name, usual) != usual for name, usual in _PLAIN.items()):
         return False
-    shape = shapes[node.input[1]]
+    shape = list(constants[node.input[1]].dims)
     if node.op_type == "Conv":
         return shape[1] * settings.get("group", 1) >= NARROW
     return len(shape) == 2
 
 
-def _joins(node: Any, taken: Sequence[str]) -> bool:
-    """Whether an addition or concatenation takes activations alone; other operations may have constants."""
-    return node.op_type not in ("Add", "Concat") or len(taken) == len(node.input)
+def _joins(node: Any, taken: Sequence[str], constants: dict[str, Any]) -> bool:
+    """Whether an addition or concatenation takes activations alone, and whether a limit leaves zero as it is."""
+    from onnx import numpy_helper
+
+    if node.op_type in ("Add", "Concat"):
+        return len(taken) == len(node.input)
+    if node.op_type == "Clip":
+        ends = zip((-1, 1), node.input[1:], strict=False)
+        return all(n in constants and sign * numpy_helper.to_array(constants[n]) >= 0 for sign, n in ends if n)
+    return len(node.output) == 1
 
 
 def _span(low: Any, high: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -335,7 +342,8 @@ def _weights(plan: Plan, known: dict[str, Any]) -> dict[str, list[dict[str, Any]
     from onnx import numpy_helper
 
     stored = {item.name: item for item in plan.graph.graph.initializer}
-    overrides = {}
+    scales: dict[str, Any] = {}
+    axes = {}
     for node in plan.nodes:
         if node.op_type not in LAYERS:
             continue
@@ -343,9 +351,12 @@ def _weights(plan: Plan, known: dict[str, Any]) -> dict[str, list[dict[str, Any]
         rows = node.op_type == "Conv" or any(item.name == "transB" and item.i for item in node.attribute)
         low, high = known[node.input[0]]
         scale = _scales(weight if rows else weight.T, bias[0] if bias else np.zeros(1), (high - low) / 255.0)
-        axis = 0 if rows else 1
-        overrides[node.input[1]] = [{"axis": axis, "scale": one, "zero_point": np.int8(0)} for one in scale]
-    return overrides
+        scales[node.input[1]] = np.maximum(scale, scales.get(node.input[1], scale))  # where two layers share it
+        axes[node.input[1]] = 0 if rows else 1
+    return {
+        name: [{"axis": axis, "scale": scale, "zero_point": np.int8(0)} for scale in scales[name]]
+        for name, axis in axes.items()
+    }
 
 
 def _scales(weight: np.ndarray, bias: np.ndarray, unit: float) -> np.ndarray:
