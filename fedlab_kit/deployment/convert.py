@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -304,8 +305,9 @@ def _int8_dynamic(graph: Any) -> Any:
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
+    users = Counter(name for node in graph.graph.node for name in node.input)
     for node in graph.graph.node:
-        if node.op_type == "LSTM":
+        if node.op_type == "LSTM" and max(users[name] for name in node.input[1:3]) == 1:
             _quantize_lstm(graph, node)
     store_codes(graph, "int8", only={name for n in graph.graph.node if n.op_type not in _LINEAR for name in n.input})
     if not float_weights(graph):
