@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -305,9 +304,9 @@ def _int8_dynamic(graph: Any) -> Any:
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
-    users = Counter(name for node in graph.graph.node for name in node.input)
+    used = [name for node in graph.graph.node for name in node.input]
     for node in graph.graph.node:
-        if node.op_type == "LSTM" and max(users[name] for name in node.input[1:3]) == 1:
+        if node.op_type == "LSTM" and all(used.count(name) == 1 for name in node.input[1:3]):
             _quantize_lstm(graph, node)
     store_codes(graph, "int8", only={name for n in graph.graph.node if n.op_type not in _LINEAR for name in n.input})
     if not float_weights(graph):
