@@ -244,3 +244,28 @@ def test_an_lstm_computes_in_whole_numbers_where_it_is_dynamic() -> None:
     model, x = made(Recurrent)
     kinds = [node.op_type for node in convert.convert(export(model, PREPROCESS, x), "int8").graph.node]
     assert (kinds.count("DynamicQuantizeLSTM"), kinds.count("LSTM"), kinds.count("MatMulInteger")) == (2, 0, 1)
+
+
+class Twins(nn.Module):
+    """Two halves of a series through one LSTM, and one matrix on both answers."""
+
+    shape = (8, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = (self.head(self.lstm(half)[0][:, -1]) for half in (x[:, :4], x[:, 4:]))
+        return one - torch.tanh(other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4", "int2"])
+def test_layers_that_are_called_twice_are_stored_once(dtype: str) -> None:
+    model, x = made(Twins)
+    converted = convert.convert(export(model, PREPROCESS, x), dtype)
+    assert len(measure.stored_weights(converted)) == 3
+    expected = on_grid(model, dtype, "none")(PREPROCESS(x)).numpy()
+    near = {"fp16": 2e-3, "int8": 0.03}.get(dtype, 1e-5)
+    np.testing.assert_allclose(run(converted, x), expected, atol=near * np.abs(expected).max())

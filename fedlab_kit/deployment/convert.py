@@ -211,8 +211,9 @@ def _int8_dynamic(graph: Any) -> Any:
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
+    used = [name for node in graph.graph.node for name in node.input]
     for node in graph.graph.node:
-        if node.op_type == "LSTM":
+        if node.op_type == "LSTM" and all(used.count(name) == 1 for name in node.input[1:3]):
             _quantize_lstm(graph, node)
     store_codes(graph, "int8", only={name for n in graph.graph.node if n.op_type not in _LINEAR for name in n.input})
     if not float_weights(graph):
