@@ -39,7 +39,7 @@ WRONG = {
     "06-1": [
         (artifact(LOGISTIC), "Fewer bits for each weight come first"),
         (artifact(fk.Experiment(model="student"), dtype="int8"), "try every Model"),
-        (artifact(LOGISTIC, dtype="int8"), "Now the prune ratio"),
+        (artifact(LOGISTIC, dtype="int8"), "Now the prune ratio, or fewer bits still"),
         (artifact(BARE, dtype="int4"), "85.0 % are asked for"),
         (Late(gone), "cannot be measured again"),
         (fk.Recipe(dtype="int4"), "Hand in an artifact"),

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import answers_06
 import nbformat
+import onnx
 import pytest
 
+import fedlab_kit as fk
 from fedlab_kit.lab import exercises
 from fedlab_kit.lab.exercises import check
+from fedlab_kit.models import build
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 SOLUTION = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
@@ -65,6 +68,18 @@ def test_a_wrong_or_malformed_answer_gets_the_hint_that_fits(name, answer, hint,
 def test_an_empty_answer_is_told_what_to_do(name, answer, capsys):
     check(name, answer)
     assert capsys.readouterr().out.startswith(f"{name}: no answer yet. ")
+
+
+def test_the_sizes_that_exercises_ask_for_are_those_of_files(capsys):
+    recipe = fk.Recipe(prune="channel", prune_ratio=0.6)
+    narrow = fk.compress(build("cnn", (1, 28, 28), 10, seed=1), recipe, dataset="digits")
+    check("02-3", recipe)
+    assert f"The file has {narrow.bytes:,} bytes" in capsys.readouterr().out
+    low = fk.compress(build("mlp", (1, 28, 28), 10, seed=1), fk.Recipe(dtype="int4"), dataset="digits")
+    tensors = onnx.load(low.path).graph.initializer
+    first = sum(len(tensor.raw_data) for tensor in tensors if len(tensor.dims) > 1 and tensor.dims[0] == 128)
+    check("03-3", 8 * first / (128 * 784))
+    assert f"right. {first:,} bytes for 100,352 weights" in capsys.readouterr().out
 
 
 def exercise_cells() -> list:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedlab_kit.compression.prune import prune
 from fedlab_kit.data import load
-from fedlab_kit.deployment.export import clean, export
+from fedlab_kit.deployment.convert import convert
+from fedlab_kit.deployment.export import export
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.setup import task
 from fedlab_kit.lab.exercises import Hint, call, exercise, number
@@ -110,4 +111,4 @@ def _file_bytes(recipe: Recipe) -> int:
         pruned, _ = prune(model, data.shape, recipe, "cnn")
     except ValueError as error:
         raise Hint(f"That recipe cannot be used: {error}") from None
-    return len(clean(export(pruned, data.preprocess, data.validation.x[:8])).SerializeToString())
+    return len(convert(export(pruned, data.preprocess, data.validation.x[:8]), "fp32").SerializeToString())

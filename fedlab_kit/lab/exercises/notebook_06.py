@@ -56,7 +56,7 @@ def _smaller(artifact: Artifact) -> str:
         return "Fewer bits for each weight come first: dtype."
     if artifact.parameters > 10_000:
         return "A small network with all its weights may beat a large one with few: try every Model."
-    return "Now the prune ratio."
+    return "Now the prune ratio, or fewer bits still."
 
 
 @exercise("06-2")
