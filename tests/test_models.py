@@ -126,7 +126,7 @@ def test_a_users_model_is_checked_when_it_is_built(monkeypatch: pytest.MonkeyPat
         build("wrong classes", IMAGE, 10, 0)
     with pytest.raises(ValueError, match=r"model .tuple. must return one tensor of logits, got a tuple: let forward"):
         build("tuple", IMAGE, 10, 0)
-    with pytest.raises(ValueError, match=r"^model 'indices' does not take samples of shape \[1, 28, 28\]: [^\n]+$"):
+    with pytest.raises(ValueError, match=r"^model 'indices' does not take samples of shape \[1, 28, 28\], [^\n]+$"):
         build("indices", IMAGE, 10, 0)
 
 
