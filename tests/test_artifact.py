@@ -224,6 +224,15 @@ def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
             assert np.array_equal(stored.astype(int), codes.T if turned else codes)
 
 
+def test_ends_that_are_all_of_a_network_are_named(run: fk.Run, tmp_path: Path) -> None:
+    layers = [nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10)]
+    for dtype in ("int4", "int2"):
+        ends = fk.Recipe(dtype=dtype, keep="ends")
+        two = compress(stand_in(run, nn.Sequential(*layers[:3], layers[5])), ends, tmp_path)
+        assert two.note == f"keep='ends' leaves no layer for {dtype}: all weights are in int8"
+        assert not compress(stand_in(run, nn.Sequential(*layers)), ends, tmp_path).note
+
+
 def test_weights_that_a_dtype_cannot_hold_are_named(run: fk.Run, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(1, 30, 28), nn.Flatten(), nn.Linear(30, 10))
     with torch.no_grad():

@@ -17,6 +17,7 @@ from fedlab_kit import catalog, data
 from fedlab_kit.compression.channels import TURN
 from fedlab_kit.compression.prune import prune
 from fedlab_kit.deployment import convert, measure, static
+from fedlab_kit.deployment.convert import OPSETS
 from fedlab_kit.deployment.export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.deployment.subject import Subject, subject_of
@@ -342,6 +343,8 @@ def _timed_here(artifact: Artifact, held: data.Split) -> Artifact:
 def _note(recipe: Recipe, converted: Any) -> str:
     """Say so when the dtype did not reach all weights."""
     weights = measure.stored_weights(converted).values()
+    if recipe.dtype in OPSETS and recipe.keep == "ends" and all(w.dtype == np.int8 for w in weights):
+        return f"keep='ends' leaves no layer for {recipe.dtype}: all weights are in int8"
     stayed = sum(w.size for w in weights if w.dtype == np.float32)
     if recipe.dtype == "fp32" or not stayed:
         return ""
