@@ -488,7 +488,8 @@ PER_CLIENT = {  # what each client of a stack has of its own while it trains
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("own", PER_CLIENT)
 def test_a_cohort_that_is_larger_than_a_stack_is_trained_in_several(own, size, monkeypatch):
-    monkeypatch.setattr(Stack, "stack_size", property(lambda stack: size, lambda stack, usual: None), raising=False)
+    kept = property(lambda stack: size, lambda stack, usual: vars(stack).update(stack_size=usual))  # for later tests
+    monkeypatch.setattr(Stack, "stack_size", kept, raising=False)
     run = agree(BASE.replace(clients_per_round=5, **PER_CLIENT[own]))
     assert run.task.model.stack is not None and run.task.model.stack.stack_size == size
 
