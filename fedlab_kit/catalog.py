@@ -33,7 +33,7 @@ MODELS: dict[str, Callable[..., Any]] = {}
 DATASETS: dict[str, Callable[..., Any]] = {}
 """Name -> `f() -> Dataset`."""
 
-_TABLES = {"model": MODELS, "dataset": DATASETS}
+_TABLES: dict[str, dict[str, Any]] = {"model": MODELS, "dataset": DATASETS}
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -57,6 +57,11 @@ def lookup(kind: str, name: str) -> Callable[..., Any]:
     if name not in table:
         raise ValueError(f"{kind} must be one of {', '.join(sorted(table))}, got {name!r}")
     return table[name]
+
+
+def add_table(kind: str, table: dict[str, Any]) -> None:
+    """Tell the catalog of things that are registered by name elsewhere."""
+    _TABLES[kind] = table
 
 
 def is_built_in(thing: Any) -> bool:
@@ -178,6 +183,7 @@ class _Code(NamedTuple):
 
 _HIDES = {"eval", "exec", "globals", "compile", "__import__", "import_module"}
 _ALL_OF_IT = {"getattr", "vars", "dir", "attrgetter", "__dict__", "__getattribute__", "getmembers", "import_module"}
+_BY_NAME = {"make", "lookup", "load", "build", "CODECS", "MODELS", "DATASETS"}  # of the package: what a name stands for
 _PLACE = {"__qualname__", "__module__", "__firstlineno__", "__static_attributes__", "__doc__"}  # stored in class bodies
 _LEFT_OUT = _PLACE | {
     "__dict__", "__weakref__", "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__",
@@ -312,6 +318,8 @@ class _Walk:
             found = vars(found).get(part) if isinstance(found, type | types.ModuleType) else None
         if found is thing or (isinstance(found, staticmethod | classmethod) and found.__func__ is thing):
             self.put("named", origin, module, name)
+            if origin == _PACKAGE and name in _BY_NAME:
+                self.registered()
             return True
         return False
 
@@ -320,6 +328,8 @@ class _Walk:
         table, names = vars(thing), None if used is None else used.attributes
         if origin := origin_of(thing.__name__):
             self.put("module", origin, thing.__name__)
+            if origin == _PACKAGE and (names is None or names & _BY_NAME):
+                self.registered()
             own = [name for name in names or () if type(table.get(name)) is types.FunctionType]
             own = [name for name in own if not origin_of(home_of(table[name]))]  # put there by a user
         else:
@@ -471,6 +481,22 @@ class _Walk:
         """Feed what is known to consist of its parts."""
         kind = next(kinds for kinds, _ in _PARTS if issubclass(type(thing), kinds))
         self.items(type(thing).__name__, dict(_PARTS)[kind](thing))
+        own = not origin_of(type(thing).__module__)
+        if own:
+            self.visit(type(thing), type(thing).__name__)
+        if own or isinstance(thing, functools.partial | threading.local):
+            local = isinstance(thing, threading.local)  # whose attributes are this thread's
+            attributes = vars(thing) if local else self.attributes(thing)
+            self.pairs({name: attributes[name] for name in sorted(attributes.keys() - _LEFT_OUT, key=str)})
+
+    def registered(self) -> None:
+        """Feed all that users have registered: what looks up by name may reach any of it."""
+        if self.again("registered", None):
+            return
+        for kind, table in _TABLES.items():
+            for name in sorted(name for name in table if not is_built_in(table[name])):
+                self.put(kind, name)
+                self.visit(table[name], f"{kind} {name!r}")
 
     @staticmethod
     def attributes(thing: Any) -> dict[str, Any]:

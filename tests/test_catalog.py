@@ -503,3 +503,44 @@ def test_layers_of_every_kind_can_be_told_again(layer):
         return catalog.fingerprint(layer())
 
     assert made(1) == made(1) != made(2)
+
+
+@pytest.mark.parametrize(
+    ("made", "edited"),
+    [
+        ("class P(property):\n    def __get__(s, o, t=None): return 1.0\nclass A: x = P(len)", ("1.0", "-1.0")),
+        (
+            "import functools\nclass A(functools.partial):\n    def __call__(s, *a): return 1.0\nA = A(len)",
+            ("1.0", "-1.0"),
+        ),
+        ("import functools\nA = functools.partial(len)\nA.k = 1.0", ("1.0", "-1.0")),
+        ("import threading\nclass C(threading.local):\n    s = 1.0\nA = C()", ("1.0", "-1.0")),
+        ("import threading\nA = threading.local()\nA.s = 1.0", ("1.0", "-1.0")),
+        ("import pathlib\nclass C(pathlib.PurePosixPath):\n    s = 1.0\nA = C('a')", ("1.0", "-1.0")),
+    ],
+)
+def test_classes_that_extend_pythons_own_parts_count_by_their_bodies(made, edited):
+    def found(text):
+        table = {"__name__": "__main__"}
+        exec(text, table)
+        return catalog.fingerprint(table["A"])
+
+    assert found(made) == found(made) != found(made.replace(*edited))
+
+
+@pytest.mark.parametrize("way", ["fk.wire.make('inner')", "make('inner')", "fk.wire.CODECS['inner']()"])
+def test_what_is_looked_up_by_name_counts_too(way, monkeypatch):
+    """A codec that hands on to another codec of a user's is another one when that is edited."""
+    import fedlab_kit as fk
+    from fedlab_kit.wire import CODECS, make
+
+    monkeypatch.setattr(catalog, "_TABLES", {**catalog._TABLES, "codec": dict(CODECS)})
+
+    def found(factor):
+        table = {"__name__": "__main__", "fk": fk, "make": make}
+        exec(f"class Inner(fk.Codec):\n    def encode(s, v, rng): return v * {factor}", table)
+        exec(f"class Outer(fk.Codec):\n    def encode(s, v, rng): return {way}.encode(v, rng)", table)
+        catalog._TABLES["codec"]["inner"] = table["Inner"]
+        return catalog.fingerprint(table["Outer"])
+
+    assert found(1.0) == found(1.0) != found(-1.0)

@@ -449,3 +449,9 @@ def test_cells_answer_beside_a_bench_that_works(tmp_path):
     bench.run(block=True)
     assert together == alone
     assert bench.artifact.sparsity > 0.3 and "Error" not in bench.status
+
+
+def test_no_noise_falls_on_layers_that_do_not_travel():
+    run = fk.train(SMALL.replace(model="normed", normalization="own", privacy="client", rounds=2))
+    moved = (run.weights - run.task.initial).abs()
+    assert (moved[~run.task.shared] == 0).all() and (moved[run.task.shared] > 0).all()

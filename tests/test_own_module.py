@@ -311,3 +311,69 @@ def test_a_module_that_nobody_can_tell_again_is_made_each_time() -> None:
         warnings.simplefilter("ignore")
         assert fk.compress(net, fk.Recipe(), dataset=dataset(6)).accuracy > 0
     assert recall(net, fk.Recipe(), dataset=dataset(6)) is None
+
+
+def made_up(shape, classes):
+    splits = (fk.Split(torch.rand(n, *shape), torch.arange(n) % classes) for n in (20, 20, 4, 4))
+    return fk.Dataset("made up", tuple("abc"[:classes]), *splits, fk.Preprocess(0.5, 1.0))
+
+
+def test_a_graph_of_another_width_that_does_not_fit_is_made_anew(tmp_path):
+    """A BatchNorm without weights of its own: the cached graph of eight channels cannot be filled with six."""
+    data = made_up((3, 8, 8), 2)
+
+    def made(width):
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3),
+            nn.BatchNorm2d(width, affine=False),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(width * 36, 2),
+        ).eval()
+
+    for width in (8, 6, 8):
+        net = made(width)
+        found = fk.compress(net, fk.Recipe(), tmp_path, dataset=data).session.run(
+            None, {"x": data.validation.x.numpy()}
+        )[0]
+        assert torch.allclose(torch.from_numpy(found), net(data.preprocess(data.validation.x)), atol=1e-5)
+
+
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x):
+        return torch.einsum("btd,tdk->bk", x, self.v)
+
+
+def test_weights_out_of_reach_are_named_and_answers_that_are_no_numbers_refused(tmp_path):
+    data = made_up((6, 5), 3)
+    for recipe in (fk.Recipe(dtype="int4"), fk.Recipe(dtype="fp16"), fk.Recipe(prune_ratio=0.5)):
+        found = fk.compress(Product(), recipe, tmp_path, dataset=data)
+        assert found.note.startswith("100.0% of the weights are not seen in the file")
+    assert not fk.compress(Product(), fk.Recipe(), tmp_path, dataset=data).note
+    wild = nn.Sequential(nn.Flatten(), nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
+    with torch.no_grad():
+        wild[1].weight.mul_(1e30)
+        wild[3].weight.mul_(1e30)
+    with pytest.raises(ValueError, match=r"logits must be numbers, they are NaN for \d+ of 20 samples"):
+        fk.compress(wild, fk.Recipe(), tmp_path, dataset=data)
+
+
+def test_a_mask_may_be_infinite(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(5, 3)
+            self.register_buffer("mask", torch.triu(torch.full((6, 6), float("-inf")), 1))
+
+        def forward(self, x):
+            return self.head(torch.softmax(x @ x.transpose(1, 2) + self.mask, -1) @ x).mean(1)
+
+    data = made_up((6, 5), 3)
+    net = Masked().eval()
+    found = fk.compress(net, fk.Recipe(), tmp_path, dataset=data).session.run(None, {"x": data.validation.x.numpy()})[0]
+    assert torch.allclose(torch.from_numpy(found), net(data.preprocess(data.validation.x)), atol=1e-5)

@@ -189,7 +189,7 @@ def _compress(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Ar
                 "sparsity": measure.sparsity(converted),
                 "parameters": after,
                 "flops": flops(model, sample),
-                "note": "; ".join(filter(None, [pruning, _note(recipe, converted)])),
+                "note": "; ".join(filter(None, [pruning, _note(recipe, converted), _unseen(recipe, model, converted)])),
             },
             **when_and_where(),
         }
@@ -350,6 +350,18 @@ def _note(recipe: Recipe, converted: Any) -> str:
         return ""
     share = stayed / sum(w.size for w in weights)
     return f"{share:.1%} of the weights stay fp32: their values are too large or too small for {recipe.dtype}"
+
+
+def _unseen(recipe: Recipe, model: nn.Module, converted: Any) -> str:
+    """Say so when weights are where no dtype reaches them and no zero is counted: a product of one's own, say."""
+    asked = sum(p.numel() for p in model.parameters() if sum(size > 1 for size in p.shape) > 1)
+    seen = sum(w.size for w in measure.stored_weights(converted).values())
+    if seen >= asked or (recipe.dtype == "fp32" and not recipe.prune_ratio):
+        return ""
+    return (
+        f"{1 - seen / asked:.1%} of the weights are not seen in the file, by dtype and sparsity: they are used "
+        "otherwise than as a layer's weights, folded into others, or not at all"
+    )
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

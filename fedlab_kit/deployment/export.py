@@ -113,11 +113,10 @@ def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
         expected = deployed(probes).numpy()
         tensors = {name: t for name, t in deployed.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
         keys = _keys(deployed, tensors, x)
-        for key in keys:
-            if key in _skeletons:
-                graph = _fill(_skeletons[key], tensors)
-                if _agreement(graph, probes, expected) == 1:
-                    return graph
+        for known in [_skeletons[key] for key in keys if key in _skeletons]:
+            graph = _fitting(known, tensors)
+            if graph is not None and _agreement(graph, probes, expected) == 1:
+                return graph
         skeleton = _skeleton(deployed, tensors, x)
         graph = _fill(skeleton, tensors)
         if _agreement(graph, probes, expected) < AGREE:
@@ -215,6 +214,14 @@ def _fill(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
         optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=_worth_it, **limits)
         rewriter.rewrite(model, [getattr(common, f"fuse_batchnorm_into_{layer}_rule") for layer in _LAYERS])
     return _finish(model)
+
+
+def _fitting(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
+    """Fill a skeleton that may be of other sizes; None where these tensors do not fit into it."""
+    try:
+        return _fill(skeleton, tensors)
+    except Exception:
+        return None
 
 
 def _worth_it(node: Any) -> bool | None:

@@ -71,10 +71,16 @@ def logits(session: Any, x: Tensor | np.ndarray, batch: int = WHOLE) -> np.ndarr
 
 
 def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
-    """Return the accuracy of a session on a split, and its 95 % interval. Raises ValueError on an empty split."""
+    """Return the accuracy of a session on a split, and its 95 % interval.
+
+    Raises ValueError on an empty split, and when an answer is no number.
+    """
     if len(split) == 0:
         raise ValueError("accuracy needs at least one sample, got none")
-    correct = int((logits(session, split.x).argmax(1) == split.y.numpy()).sum())
+    found = logits(session, split.x)
+    if broken := int(np.isnan(found).any(axis=1).sum()):
+        raise ValueError(f"logits must be numbers, they are NaN for {broken} of {len(split)} samples: train again")
+    correct = int((found.argmax(1) == split.y.numpy()).sum())
     return correct / len(split), wilson(correct, len(split))
 
 

@@ -146,7 +146,7 @@ def _copied(model: nn.Module, name: str) -> nn.Module:
         ):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"model {name} must be float32, {label} is {kind}: give copy.deepcopy(model).float()")
-        if not tensor.isfinite().all():
+        if tensor.isnan().any() or (label in parameters and not tensor.isfinite().all()):  # a mask may be infinite
             raise ValueError(f"model {name} must have finite weights, {label} holds NaN or infinity: train it again")
     try:
         own = copy.deepcopy(model).cpu().eval()

@@ -77,7 +77,8 @@ def _together(task: Task, round: int, updates: Mapping[int, ClientUpdate]) -> tu
     if e.privacy == "client":
         on_cpu, rng = [vector.cpu() for vector in vectors], rng_for(e, "noise", round)
         private = noisy_mean(on_cpu, e.clip_norm, e.noise_multiplier, e.clients_per_round, rng, task.model.layout.size)
-        return private.to(e.device), None
+        private = private.to(e.device)
+        return private if task.shared is None else private * task.shared, None  # no noise on what does not travel
     if e.strategy == "median":
         return median(vectors), None
     samples = [update.samples for update in updates.values()]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fedlab_kit.wire.bit_packing as packing
 
+from ..catalog import add_table
 from .bit_packing import exactly
 
 Rounding = Literal["stochastic", "nearest"]
@@ -25,6 +26,8 @@ AnyCodec = TypeVar("AnyCodec", bound="type[Codec]")
 
 CODECS: dict[str, type[Codec]] = {}
 """Name -> class, the built-in ones first."""
+
+add_table("codec", CODECS)
 
 OWN_IDS = 128  # numbers from here on belong to codecs that a user registers
 
