@@ -333,7 +333,8 @@ class _Walk:
             own = [name for name in names or () if type(table.get(name)) is types.FunctionType]
             own = [name for name in own if not origin_of(home_of(table[name]))]  # put there by a user
         else:
-            own = [name for name in (table if names is None else names) if name in table and name not in _MODULE_FACTS]
+            wanted = table if names is None else {*names, "__getattr__"}  # which makes what is not there
+            own = [name for name in wanted if name in table and name not in _MODULE_FACTS]
         if own and not self.again((id(thing), used), thing):
             for name in sorted(own):
                 self.put(name)
@@ -390,6 +391,8 @@ class _Walk:
                 top, whole = name.partition(".")[0], alias in read.bare
                 self.module(sys.modules[top], None if whole and alias == top else used)
                 self.module(found, None if whole else used)
+        if "modules" in read.attributes and table.get("sys") is sys:
+            self.refuse("what sys.modules reaches cannot be told from the code: import it by name")
         if "import_module" in read.attributes | read.globals:
             self.refuse("what import_module() reaches cannot be told from the code: import it by name")
 
@@ -464,6 +467,7 @@ class _Walk:
             self.visit(getattr(thing, "default_factory", None) if base is defaultdict else None)
         elif base in (list, tuple, deque):
             self.items(base.__name__, base.__iter__(thing))
+            self.put(thing.maxlen if base is deque else "")
         elif base in (set, frozenset):
             self.unordered(base.__iter__(thing))
         elif base is random.Random:
@@ -531,6 +535,8 @@ def _torch(walk: _Walk, thing: Any, torch: Any) -> bool:
             plain = thing.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
             walk.put("tensor", thing.dtype, tuple(thing.shape), thing.requires_grad, thing.device.type)
             walk.put(hashlib.sha256(plain.view(torch.uint8).numpy().tobytes()).hexdigest())
+            if given := walk.attributes(thing):  # those that a user has given it
+                walk.pairs({name: given[name] for name in sorted(given)})
     elif issubclass(kind, torch.Generator):
         walk.put("generator", thing.device)
         walk.visit(torch.Generator.get_state(thing))
@@ -545,7 +551,9 @@ def _numpy(walk: _Walk, thing: Any, numpy: Any) -> bool:
     kind = type(thing)
     if issubclass(kind, numpy.ndarray | numpy.generic):
         plain = numpy.asarray(thing)
-        walk.put("array", plain.dtype.descr, plain.shape)
+        walk.put("array", "" if kind is numpy.ndarray else kind.__name__, plain.dtype.descr, plain.shape)
+        if issubclass(kind, numpy.ma.MaskedArray):
+            walk.visit(numpy.ma.getmaskarray(thing))
         if plain.dtype.hasobject:
             walk.items("objects", plain.reshape(-1).tolist())
         else:

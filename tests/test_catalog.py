@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -516,6 +517,10 @@ def test_layers_of_every_kind_can_be_told_again(layer):
         ("import functools\nA = functools.partial(len)\nA.k = 1.0", ("1.0", "-1.0")),
         ("import threading\nclass C(threading.local):\n    s = 1.0\nA = C()", ("1.0", "-1.0")),
         ("import threading\nA = threading.local()\nA.s = 1.0", ("1.0", "-1.0")),
+        ("import numpy\nA = numpy.ma.masked_array([1.0, 2.0], mask=[0, 1])", ("[0, 1]", "[1, 0]")),
+        ("import numpy\nA = numpy.array([[1.0]])", ("array", "matrix")),
+        ("import torch\nA = torch.ones(1)\nA.k = 1.0", ("k = 1.0", "k = -1.0")),
+        ("import collections\nA = collections.deque([1.0], maxlen=2)", ("maxlen=2", "maxlen=3")),
         ("import pathlib\nclass C(pathlib.PurePosixPath):\n    s = 1.0\nA = C('a')", ("1.0", "-1.0")),
     ],
 )
@@ -544,3 +549,18 @@ def test_what_is_looked_up_by_name_counts_too(way, monkeypatch):
         return catalog.fingerprint(table["Outer"])
 
     assert found(1.0) == found(1.0) != found(-1.0)
+
+
+def test_what_a_module_makes_when_asked_counts_and_sys_modules_is_refused():
+    def found(value):
+        module = types.ModuleType("lazy")
+        exec(f"V = {{'S': {value}}}\ndef __getattr__(name): return V[name]", vars(module))
+        table = {"__name__": "__main__", "lazy": module}
+        exec("def scale(): return lazy.S", table)
+        return catalog.fingerprint(table["scale"])
+
+    assert found(1.0) == found(1.0) != found(-1.0)
+    table = {"__name__": "__main__"}
+    exec("import sys\nK = 1.0\ndef scale(): return sys.modules[__name__].K", table)
+    with pytest.raises(catalog.Unknowable, match=r"what sys\.modules reaches cannot be told"):
+        catalog.fingerprint(table["scale"])
