@@ -21,6 +21,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from operator import attrgetter, itemgetter, methodcaller
 from typing import Any, NamedTuple, TypeVar
@@ -171,7 +172,8 @@ class _Code(NamedTuple):
     """What a code object does, as a digest, and what it reads, nested code included.
 
     `bare` are the names of all kinds whose value is used other than by an attribute. `imports` (name, level, alias) are
-    those inside functions; `alias` is what a module itself is called there, "" where only things of it are.
+    those inside functions; `alias` is what a module itself is called there, "" where only things of it are. `words` are
+    its texts.
     """
 
     digest: str
@@ -179,11 +181,15 @@ class _Code(NamedTuple):
     attributes: frozenset[str]
     bare: frozenset[str]
     imports: frozenset[tuple[str, int, str]]
+    words: frozenset[str]
 
 
 _HIDES = {"eval", "exec", "globals", "compile", "__import__", "import_module"}
 _ALL_OF_IT = {"getattr", "vars", "dir", "attrgetter", "__dict__", "__getattribute__", "getmembers", "import_module"}
-_BY_NAME = {"make", "lookup", "load", "build", "CODECS", "MODELS", "DATASETS"}  # of the package: what a name stands for
+_BY_NAME = {  # of the package: what stands for things by their names, and of which kind they are
+    "make": "codec", "CODECS": "codec", "load": "dataset", "DATASETS": "dataset", "build": "model", "MODELS": "model",
+    "lookup": "model",
+}  # fmt: skip
 _PLACE = {"__qualname__", "__module__", "__firstlineno__", "__static_attributes__", "__doc__"}  # stored in class bodies
 _LEFT_OUT = _PLACE | {
     "__dict__", "__weakref__", "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__",
@@ -201,6 +207,7 @@ def _read(code: types.CodeType) -> _Code:
     walk.put(*code.co_varnames, "|", *code.co_freevars, "|", *code.co_cellvars, "|", code.co_exceptiontable)
     names, attributes, bare, imports = set[str](), set[str](), set[str](), set[tuple[str, int, str]]()
     aliases: dict[str, str] = {}
+    words = {word for word in code.co_consts if isinstance(word, str)}
     steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
     place = {step.offset: number for number, step in enumerate(steps)}
     for number, step in enumerate(steps):
@@ -216,6 +223,7 @@ def _read(code: types.CodeType) -> _Code:
                 attributes |= inner.attributes
                 bare |= inner.bare
                 imports |= inner.imports
+                words |= inner.words
         elif step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
             walk.put(place.get(step.argval, step.argval))
         elif step.opcode in dis.haslocal or step.opcode in dis.hasfree or step.opcode in dis.hasname:
@@ -236,7 +244,7 @@ def _read(code: types.CodeType) -> _Code:
             if step.opname == "IMPORT_FROM":
                 aliases[_named(after)[0]] = step.argval
     bare |= {aliases[name] for name in bare & aliases.keys()}
-    return _Code(walk.sha.hexdigest(), *map(frozenset, (names, attributes, bare, imports)))  # type: ignore[arg-type]
+    return _Code(walk.sha.hexdigest(), *map(frozenset, (names, attributes, bare, imports, words)))  # type: ignore[arg-type]
 
 
 def _named(step: dis.Instruction) -> tuple[Any, ...]:
@@ -318,8 +326,6 @@ class _Walk:
             found = vars(found).get(part) if isinstance(found, type | types.ModuleType) else None
         if found is thing or (isinstance(found, staticmethod | classmethod) and found.__func__ is thing):
             self.put("named", origin, module, name)
-            if origin == _PACKAGE and name in _BY_NAME:
-                self.registered()
             return True
         return False
 
@@ -328,8 +334,6 @@ class _Walk:
         table, names = vars(thing), None if used is None else used.attributes
         if origin := origin_of(thing.__name__):
             self.put("module", origin, thing.__name__)
-            if origin == _PACKAGE and (names is None or names & _BY_NAME):
-                self.registered()
             own = [name for name in names or () if type(table.get(name)) is types.FunctionType]
             own = [name for name in own if not origin_of(home_of(table[name]))]  # put there by a user
         else:
@@ -368,6 +372,7 @@ class _Walk:
         self.pairs({name: thing.__dict__[name] for name in sorted(thing.__dict__)})
         if not origin:
             self.globals(thing.__globals__, read, used)
+            self.registered(thing, read)
 
     def globals(self, table: dict[str, Any], read: _Code, used: _Code | None) -> None:
         """Feed what a function's code reads from its module, from Python, and by an import of its own."""
@@ -493,14 +498,23 @@ class _Walk:
             attributes = vars(thing) if local else self.attributes(thing)
             self.pairs({name: attributes[name] for name in sorted(attributes.keys() - _LEFT_OUT, key=str)})
 
-    def registered(self) -> None:
-        """Feed all that users have registered: what looks up by name may reach any of it."""
-        if self.again("registered", None):
-            return
-        for kind, table in _TABLES.items():
-            for name in sorted(name for name in table if not is_built_in(table[name])):
-                self.put(kind, name)
-                self.visit(table[name], f"{kind} {name!r}")
+    def registered(self, thing: types.FunctionType, read: _Code) -> None:
+        """Feed what a function may look up by name in the package: what its text names, or all of that kind."""
+        kinds = {kind for word, kind in _BY_NAME.items() if word in read.globals | read.attributes}
+        seen = [thing.__globals__[name] for name in read.globals if name in thing.__globals__]
+        for cell in thing.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                seen.append(cell.cell_contents)
+        modules = [value.__name__ for value in seen if issubclass(type(value), types.ModuleType)]
+        functions = [home_of(value) for value in seen if type(value) in (types.FunctionType, type)]
+        homes = [*modules, *functions, *(name for name, *_ in read.imports)]
+        ours = any(home.partition(".")[0] == _PACKAGE for home in homes)
+        if kinds and (ours or any(value is table for value in seen for table in _TABLES.values())):
+            for kind in sorted(kinds):
+                users = [name for name, value in _TABLES[kind].items() if not is_built_in(value)]
+                for name in sorted(set(users) & read.words or users):
+                    self.put(kind, name)
+                    self.visit(_TABLES[kind][name], f"{kind} {name!r}")
 
     @staticmethod
     def attributes(thing: Any) -> dict[str, Any]:
