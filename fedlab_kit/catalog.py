@@ -186,10 +186,11 @@ class _Code(NamedTuple):
 
 _HIDES = {"eval", "exec", "globals", "compile", "__import__", "import_module"}
 _ALL_OF_IT = {"getattr", "vars", "dir", "attrgetter", "__dict__", "__getattribute__", "getmembers", "import_module"}
-_BY_NAME = {  # of the package: what stands for things by their names, and of which kind they are
-    "make": "codec", "CODECS": "codec", "load": "dataset", "DATASETS": "dataset", "build": "model", "MODELS": "model",
-    "lookup": "model",
-}  # fmt: skip
+_BY_NAME = {  # kinds of things, and what of the package finds one by its name
+    "codec": {"make", "CODECS"},
+    "dataset": {"load", "lookup", "DATASETS"},
+    "model": {"build", "lookup", "MODELS"},
+}
 _PLACE = {"__qualname__", "__module__", "__firstlineno__", "__static_attributes__", "__doc__"}  # stored in class bodies
 _LEFT_OUT = _PLACE | {
     "__dict__", "__weakref__", "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__",
@@ -500,7 +501,7 @@ class _Walk:
 
     def registered(self, thing: types.FunctionType, read: _Code) -> None:
         """Feed what a function may look up by name in the package: what its text names, or all of that kind."""
-        kinds = {kind for word, kind in _BY_NAME.items() if word in read.globals | read.attributes}
+        kinds = [kind for kind, words in _BY_NAME.items() if words & (read.globals | read.attributes)]
         seen = [thing.__globals__[name] for name in read.globals if name in thing.__globals__]
         for cell in thing.__closure__ or ():
             with suppress(ValueError):  # an empty one
@@ -510,7 +511,7 @@ class _Walk:
         homes = [*modules, *functions, *(name for name, *_ in read.imports)]
         ours = any(home.partition(".")[0] == _PACKAGE for home in homes)
         if kinds and (ours or any(value is table for value in seen for table in _TABLES.values())):
-            for kind in sorted(kinds):
+            for kind in kinds:
                 users = [name for name, value in _TABLES[kind].items() if not is_built_in(value)]
                 for name in sorted(set(users) & read.words or users):
                     self.put(kind, name)

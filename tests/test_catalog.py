@@ -564,3 +564,14 @@ def test_what_a_module_makes_when_asked_counts_and_sys_modules_is_refused():
     exec("import sys\nK = 1.0\ndef scale(): return sys.modules[__name__].K", table)
     with pytest.raises(catalog.Unknowable, match=r"what sys\.modules reaches cannot be told"):
         catalog.fingerprint(table["scale"])
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_lookup_reaches_models_and_data_sets(kind):
+    def found(value):
+        table = {"__name__": "__main__", "catalog": catalog}
+        exec(f"def inner(): return {value}\ndef outer(): return catalog.lookup({kind!r}, 'inner')()", table)
+        catalog._TABLES[kind]["inner"] = table["inner"]
+        return catalog.fingerprint(table["outer"])
+
+    assert found(1.0) == found(1.0) != found(-1.0)
