@@ -7,6 +7,8 @@ import torch
 from hypothesis import settings
 from worlds import register
 
+from fedlab_kit import catalog
+
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
@@ -41,3 +43,13 @@ def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runs"
     monkeypatch.setenv("FEDLAB_RUNS", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _catalog_as_it_was() -> object:
+    """What a test registers is gone after it, so that no test depends on those that ran before it in its process."""
+    before = {kind: dict(table) for kind, table in catalog._TABLES.items()}
+    yield
+    for kind, table in catalog._TABLES.items():
+        table.clear()
+        table.update(before[kind])
