@@ -13,7 +13,7 @@ from scipy.stats import t
 
 import fedlab_kit as fk
 from benchmarks.harness import DataMissing, Row, parallel
-from fedlab_kit.clinic import Moments, gather
+from fedlab_kit.clinic import Moments, rows_of
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import start
 from fedlab_kit.federation.setup import Evaluation, task
@@ -141,8 +141,11 @@ def _flamby_split() -> fk.Dataset:
             stratify=hospital.y if counts.min() > 2 else None,
         )
         train.append(np.isin(np.arange(len(hospital.y)), rows))
-    held_out = [~rows for rows in train]
-    return replace(whole, train=gather(heart_hospitals(), train), test=gather(heart_hospitals(), held_out))
+    rows = np.concatenate(train)
+    learn, held_out = (
+        fk.Split(*(torch.from_numpy(values[part]) for values in rows_of(heart_hospitals()))) for part in (rows, ~rows)
+    )
+    return replace(whole, train=learn, test=held_out)
 
 
 def weakest() -> list[Row]:

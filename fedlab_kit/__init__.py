@@ -14,6 +14,7 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab.exercises import check
 from fedlab_kit.lab.leaderboard import leaderboard
+from fedlab_kit.own_data import from_csv, from_folder, from_npz
 from fedlab_kit.run import Run
 from fedlab_kit.runs import find, rounds
 from fedlab_kit.scale.engines import train
@@ -40,6 +41,9 @@ __all__ = [
     "compress",
     "dataset",
     "find",
+    "from_csv",
+    "from_folder",
+    "from_npz",
     "leaderboard",
     "model",
     "rounds",

@@ -7,7 +7,7 @@ import fedlab_kit
 
 ROOT = Path(fedlab_kit.__file__).parent
 ORDER = [
-    "settings", "experiment", "catalog", "statistics", "files", "download", "data", "clinic", "hospitals",
+    "settings", "experiment", "catalog", "statistics", "files", "download", "data", "clinic", "own_data", "hospitals",
     "partition", "models",
     "compression.dependency", "compression.channels", "compression.prune", "compression.quantize",
     "compression.distill", "wire.bit_packing",
