@@ -6,7 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -213,14 +213,14 @@ def joined(
         raise DataError(f"there must be two classes and samples to learn from, got {len(y)} of {', '.join(classes)}")
     if unseen := [label for number, label in enumerate(classes) if number not in y[part == 0]]:
         warnings.warn(f"dataset {name!r}: train has no sample of {', '.join(unseen)}", stacklevel=2)
-    groups = [part == 0] if site is None else [(part == 0) & (site == number) for number in range(len(sites))]
-    moments = [Moments.of(x[group]) for group in groups]
     train, validation, public, test = (
         Split(*(torch.from_numpy(values[part == number]) for values in (x, y, site) if values is not None))
         for number in range(len(SPLITS))
     )
-    recipe = sum(moments[1:], moments[0]).preprocess()
-    return Dataset(name, classes, train, validation, public, test, recipe, sites, features)
+    plain = Dataset(name, classes, train, validation, public, test, Preprocess(0.0, 1.0), sites, features)
+    groups = [part == 0] if site is None else [(part == 0) & (site == number) for number in range(len(sites))]
+    moments = [Moments.of(x[group]) for group in groups]
+    return replace(plain, preprocess=sum(moments[1:], moments[0]).preprocess())
 
 
 def stratified(y: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -251,7 +251,7 @@ def deal(
     and class; `shares` are those of train, validation and public, the rest is that of test. Samples that are equal go
     together. One that is given to two splits stays in the last, left out (-1) of the other. A warning counts both.
     """
-    if len(shares) != 3 or min(shares) < 0 or not 0 < shares[0] <= sum(shares) <= 1:
+    if len(shares) != 3 or min(shares) < 0 or not 0 < shares[0] <= sum(shares) <= 1 + 1e-9:
         raise ValueError(f"shares must be three, of train (above 0), validation and public, 1 at most, got {shares}")
     seen: dict[bytes, int] = {}
     first = np.array([seen.setdefault(hashlib.sha256(row.tobytes()).digest(), n) for n, row in enumerate(x)])

@@ -17,9 +17,7 @@ from fedlab_kit.data import SPLITS, Dataset
 from fedlab_kit.download import DataError
 
 Shares = tuple[float, float, float]
-SHARES: Shares = (0.6, 0.2, 0.0)
-"""What `train`, `validation` and `public` get of the samples that come unsplit; the rest is `test`."""
-
+SHARES: Shares = (0.6, 0.2, 0.0)  # of train, validation and public, for samples that come unsplit; the rest is test
 PARTS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "public": 2, "test": 3, "testing": 3}
 ARRAYS = dict.fromkeys(("x", "image", "images", "data"), "x") | dict.fromkeys(("y", "label", "labels", "target"), "y")
 
@@ -32,6 +30,8 @@ def from_folder(folder: str | Path, size: int | None = None, shares: Shares = SH
     count, nor do the names and the order of files. A split that is missing is dealt from train by `shares` and `seed`.
     DataError names the file that cannot be read, or is of another size or depth than the first.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
     found = list(_pictures(Path(folder).expanduser(), size))
     if not found:
         raise DataError(f"{folder} must be a folder with a folder of pictures for each class, it holds none")
@@ -58,7 +58,7 @@ def from_npz(path: str | Path, shares: Shares = SHARES, seed: int = 0) -> Datase
     objects, which are pickle.
     """
     try:
-        with np.load(Path(path).expanduser(), allow_pickle=False) as file:
+        with open(Path(path).expanduser(), "rb") as raw, np.load(raw, allow_pickle=False) as file:
             roles = {key: _role(key) for key in file}
             found = {role: file[key] for key, role in roles.items() if role}
     except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
@@ -68,9 +68,11 @@ def from_npz(path: str | Path, shares: Shares = SHARES, seed: int = 0) -> Datase
         raise DataError(f"{path} must hold x and y, or x_train, y_train, x_test, y_test, ..., got {', '.join(roles)}")
     xs, ys = ([found[part, array] for part in parts] for array in "xy")
     for part, x, y in zip(parts, xs, ys, strict=True):
-        if (x.dtype, x.shape[1:]) != (xs[0].dtype, xs[0].shape[1:]) or y.shape not in (x.shape[:1], (*x.shape[:1], 1)):
-            here = f"x is {x.dtype} {list(x.shape)}, that of train {xs[0].dtype} {list(xs[0].shape)}, y {list(y.shape)}"
-            raise DataError(f"{path}, {SPLITS[part]}: x must be as in train and y [n] or [n, 1], {here}")
+        told, n = f"{path}, {SPLITS[part]}: x is {x.dtype} {list(x.shape)}", x.shape[:1] or (0,)
+        if x.dtype != xs[0].dtype or x.shape[1:] != xs[0].shape[1:]:
+            raise DataError(f"{told} and must be as in train, {xs[0].dtype} {list(xs[0].shape)}")
+        if y.shape not in (n, (*n, 1)):
+            raise DataError(f"{told}, y must be [n] or [n, 1], got {list(y.shape)}")
     classes, y = _named(np.concatenate([y.ravel() for y in ys]))
     x, given = _values(np.concatenate(xs)), np.repeat(parts, [len(x) for x in xs])
     return joined("own", classes, x, y, deal(x, y, given, shares, seed))
@@ -97,24 +99,22 @@ def from_csv(
     except (OSError, ValueError, pandas.errors.ParserWarning) as error:
         raise DataError(f"{path} cannot be read as a table in UTF-8: {str(error).strip()}") from None
     table = table.apply(lambda cells: cells.str.strip()).rename(columns=str.strip)
-    others = [label, *drop, *([site] if site else [])]
-    check_columns(str(path), list(table.columns), others)
+    check_columns(str(path), list(table.columns), others := [label, *drop, *filter(None, [site])])
     features = list(table.columns.drop(others))
     if separator == ";":
         table[features] = table[features].replace(r"^([-+]?\d*),(\d+)$", r"\1.\2", regex=True)
     known = ~table[label].isin(MISSING)
     classes, numbers = _named(table.loc[known, label].to_numpy(str))
     table.loc[known, label] = [classes[number] for number in numbers]
-    schema = Schema(tuple(Column.of(name, table[name]) for name in features), Column(label, 0, 0, kinds=classes))
     if site and table[site].isin(MISSING).any():
         raise DataError(f"{path}: column {site!r} must name a site in every row")
+    schema = Schema(tuple(Column.of(name, table[name]) for name in features), Column(label, 0, 0, kinds=classes))
     groups = admit_all(dict(iter(table.groupby(site))), schema) if site else [admit("own", table, schema)]
     x, y, place = rows_of(groups)
     if left_out := sum(sum(group.left_out.values()) for group in groups):
         warnings.warn(f"{path}: {left_out} of {len(table)} rows miss a value and are left out", stacklevel=2)
-    sites = tuple(group.name for group in groups) if site else ()
-    part = deal(x, y, np.zeros_like(y), shares, seed, place)
-    return joined("own", classes, x, y, part, schema.features, sites, place if site else None)
+    part, sites = deal(x, y, np.zeros_like(y), shares, seed, place), tuple(group.name for group in groups)
+    return joined("own", classes, x, y, part, schema.features, *((sites, place) if site else ()))
 
 
 def _pictures(root: Path, size: int | None) -> Iterator[tuple[int, str, np.ndarray, Path]]:
