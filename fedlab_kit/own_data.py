@@ -38,12 +38,10 @@ def from_folder(folder: str | Path, size: int | None = None, shares: Shares = SH
     wanted, *others = (f"{'x'.join(map(str, x.shape[1:]))} of {x.dtype}, {file}" for _, _, x, file in found)
     for other in others:
         if other.partition(",")[0] != wanted.partition(",")[0]:
-            raise DataError(
-                f"pictures must be of one size, unless size= scales them, and of one type: {wanted}, {other}"
-            )
+            raise DataError(f"pictures must be of one size (size= scales them) and one type: {wanted}, {other}")
     channels = max(len(x) for _, _, x, _ in found)
     rows = [(part, label, np.repeat(x, channels // len(x), 0)) for part, label, x, _ in found]
-    rows.sort(key=lambda row: (row[0], row[1], row[2].tobytes()))  # by content, whatever the files are called
+    rows.sort(key=lambda row: (*row[:2], row[2].tobytes()))  # by content, whatever the files are called
     parts, labels, x = map(np.stack, zip(*rows, strict=True))
     classes, y = np.unique(labels, return_inverse=True)
     return joined("own", tuple(classes.tolist()), x, y, deal(x, y, parts, shares, seed))
@@ -54,8 +52,7 @@ def from_npz(path: str | Path, shares: Shares = SHARES, seed: int = 0) -> Datase
 
     x: a table [n, d], grey pictures [n, h, w], or pictures with their 1 to 4 channels first or last. Whole numbers of 0
     to 255 in pictures become uint8, all else float32 as it is. y: whole numbers, words or bool, [n] or [n, 1]. A split
-    that is missing is dealt from train by `shares` and `seed`. DataError says what is wrong, and refuses arrays of
-    objects, which are pickle.
+    that is missing is dealt from train by `shares` and `seed`. Raises DataError, also for objects, which are pickle.
     """
     try:
         with open(Path(path).expanduser(), "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -68,11 +65,9 @@ def from_npz(path: str | Path, shares: Shares = SHARES, seed: int = 0) -> Datase
         raise DataError(f"{path} must hold x and y, or x_train, y_train, x_test, y_test, ..., got {', '.join(roles)}")
     xs, ys = ([found[part, array] for part in parts] for array in "xy")
     for part, x, y in zip(parts, xs, ys, strict=True):
-        told, n = f"{path}, {SPLITS[part]}: x is {x.dtype} {list(x.shape)}", x.shape[:1] or (0,)
-        if x.dtype != xs[0].dtype or x.shape[1:] != xs[0].shape[1:]:
-            raise DataError(f"{told} and must be as in train, {xs[0].dtype} {list(xs[0].shape)}")
-        if y.shape not in (n, (*n, 1)):
-            raise DataError(f"{told}, y must be [n] or [n, 1], got {list(y.shape)}")
+        n, told = x.shape[:1] or (0,), f"{path}, {SPLITS[part]}: x is {x.dtype} {list(x.shape)}, y {list(y.shape)}"
+        if (x.dtype, x.shape[1:]) != (xs[0].dtype, xs[0].shape[1:]) or y.shape not in (n, (*n, 1)):
+            raise DataError(f"{told}: x must be as in train, {xs[0].dtype} {list(xs[0].shape)}, and y [n] or [n, 1]")
     classes, y = _named(np.concatenate([y.ravel() for y in ys]))
     x, given = _values(np.concatenate(xs)), np.repeat(parts, [len(x) for x in xs])
     return joined("own", classes, x, y, deal(x, y, given, shares, seed))
@@ -85,8 +80,8 @@ def from_csv(
 
     Separated by comma, tab or semicolon (then "1,5" is a number). `label`: the column of the class, in whole numbers or
     words; `site`: that of where the row is from, a client each with `partition="site"`, split by itself; `drop`: those
-    that measure nothing, such as a patient's number. Rows with a missing value are left out and counted. DataError says
-    what is wrong, of a site in a warning: the others go on without it.
+    that measure nothing, such as a patient's number. Rows that lack a value are left out, and a site that cannot be used,
+    with a warning. Raises DataError.
     """
     import pandas
 
@@ -100,19 +95,20 @@ def from_csv(
         raise DataError(f"{path} cannot be read as a table in UTF-8: {str(error).strip()}") from None
     table = table.apply(lambda cells: cells.str.strip()).rename(columns=str.strip)
     check_columns(str(path), list(table.columns), others := [label, *drop, *filter(None, [site])])
-    features = list(table.columns.drop(others))
     if separator == ";":
-        table[features] = table[features].replace(r"^([-+]?\d*),(\d+)$", r"\1.\2", regex=True)
+        table = table.replace(r"^([-+]?\d*),(\d+)$", r"\1.\2", regex=True)
     known = ~table[label].isin(MISSING)
     classes, numbers = _named(table.loc[known, label].to_numpy(str))
     table.loc[known, label] = [classes[number] for number in numbers]
     if site and table[site].isin(MISSING).any():
         raise DataError(f"{path}: column {site!r} must name a site in every row")
-    schema = Schema(tuple(Column.of(name, table[name]) for name in features), Column(label, 0, 0, kinds=classes))
+    schema = Schema(
+        tuple(Column.of(*column) for column in table.drop(columns=others).items()), Column(label, 0, 0, classes)
+    )
     groups = admit_all(dict(iter(table.groupby(site))), schema) if site else [admit("own", table, schema)]
     x, y, place = rows_of(groups)
     if left_out := sum(sum(group.left_out.values()) for group in groups):
-        warnings.warn(f"{path}: {left_out} of {len(table)} rows miss a value and are left out", stacklevel=2)
+        warnings.warn(f"{path}: {left_out} of {len(table)} rows lack a value and are left out", stacklevel=2)
     part, sites = deal(x, y, np.zeros_like(y), shares, seed, place), tuple(group.name for group in groups)
     return joined("own", classes, x, y, part, schema.features, *((sites, place) if site else ()))
 
