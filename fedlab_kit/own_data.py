@@ -26,9 +26,8 @@ def from_folder(folder: str | Path, size: int | None = None, shares: Shares = SH
     """Read pictures from one folder for each class, or from such folders inside `train`, `val`, `public` and `test`.
 
     x is uint8 [n, 1 or 3, h, w], or float32 [n, 1, h, w] of 16-bit and float pictures. Grey ones among coloured ones
-    become RGB, transparent ones lie on white. `size` cuts out the middle square and scales it. Hidden files do not
-    count, nor do the names and the order of files. A split that is missing is dealt from train by `shares` and `seed`.
-    DataError names the file that cannot be read, or is of another size or depth than the first.
+    become RGB, transparent ones lie on white; `size` cuts out the middle square and scales it. Hidden files, names and
+    the order of files do not count. A split that is missing is dealt from train by `shares` and `seed`. Raises DataError.
     """
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
@@ -50,9 +49,9 @@ def from_folder(folder: str | Path, size: int | None = None, shares: Shares = SH
 def from_npz(path: str | Path, shares: Shares = SHARES, seed: int = 0) -> Dataset:
     """Read the arrays x and y of an .npz file, or x_train, y_train, x_val, ...; `images` and `labels` will do as well.
 
-    x: a table [n, d], grey pictures [n, h, w], or pictures with their 1 to 4 channels first or last. Whole numbers of 0
-    to 255 in pictures become uint8, all else float32 as it is. y: whole numbers, words or bool, [n] or [n, 1]. A split
-    that is missing is dealt from train by `shares` and `seed`. Raises DataError, also for objects, which are pickle.
+    x: a table [n, d], grey pictures [n, h, w], or pictures with their 1 to 4 channels first or last; of pictures, whole
+    numbers of 0 to 255 become uint8, all else float32 as it is. y: whole numbers, words or bool, [n] or [n, 1]. Splits
+    are dealt as in `from_folder`. Raises DataError, also for objects, which are pickle.
     """
     try:
         with open(Path(path).expanduser(), "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -78,10 +77,9 @@ def from_csv(
 ) -> Dataset:
     """Read a table with a header: numbers become features, a column of words an indicator for each word but the first.
 
-    Separated by comma, tab or semicolon (then "1,5" is a number). `label`: the column of the class, in whole numbers or
-    words; `site`: that of where the row is from, a client each with `partition="site"`, split by itself; `drop`: those
-    that measure nothing, such as a patient's number. Rows that lack a value are left out, and a site that cannot be used,
-    with a warning. Raises DataError.
+    Separated by comma, tab or semicolon (then "1,5" is a number). `label` is the column of the class, whole numbers or
+    words; `site` that of where a row is from: each is a client with `partition="site"`, and split by itself; `drop` those
+    that measure nothing, such as a number of patients. What cannot be used is left out with a warning, or a DataError.
     """
     import pandas
 
@@ -156,8 +154,7 @@ def _values(x: np.ndarray) -> np.ndarray:
     """Return pictures as [n, channels, h, w], uint8 where that holds them, and tables [n, d] as float32."""
     channels = [axis for axis in (1, 3) if x.ndim == 4 and 1 <= x.shape[axis] <= 4]
     if x.dtype.kind not in "buif" or x.ndim not in (2, 3, 4) or not x.size or (x.ndim == 4) != (len(channels) == 1):
-        wanted = "[n, d], [n, h, w], [n, 1 to 4, h, w] or [n, h, w, 1 to 4]"
-        raise DataError(f"x must be numbers {wanted}, got {x.dtype} {list(x.shape)}")
+        raise DataError(f"x must be numbers [n, d], [n, h, w] or with 1 to 4 channels, got {x.dtype} {list(x.shape)}")
     x = x[:, None] if x.ndim == 3 else np.moveaxis(x, channels[0], 1) if channels else x
     if x.ndim == 4 and x.dtype.kind != "f" and x.min() >= 0 and x.max() <= 255:
         return x.astype(np.uint8)

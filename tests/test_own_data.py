@@ -164,7 +164,7 @@ def test_a_photograph_stands_the_right_way_up(tmp_path: Path) -> None:
 def test_sizes_that_differ_are_named_or_scaled(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 3, "b": 3}, 10, 10)
     save(tmp_path / "b", np.full((8, 20), 77, np.uint8), "wide.png")
-    with pytest.raises(DataError, match=r"of one size, unless size= scales .*10x10 .*a/0\.png, 8x20 .*b/wide\.png$"):
+    with pytest.raises(DataError, match=r"of one size \(size= scales them\) .*10x10 .*a/0\.png, 8x20 .*b/wide\.png$"):
         fk.from_folder(tmp_path)
     data = fk.from_folder(tmp_path, size=5, shares=(1, 0, 0))
     assert data.shape == (1, 5, 5)
@@ -381,7 +381,7 @@ X, Y = np.arange(8.0).reshape(4, 2), np.array([0, 1, 0, 1])
         ({"x": X.astype(str), "y": Y}, "x must be numbers .*, got <U32"),
         (
             {"x": np.zeros((4, 4, 4, 4)), "y": Y},
-            r"x must be numbers .* or \[n, h, w, 1 to 4\], got float64 \[4, 4, 4, 4\]$",
+            r"x must be numbers .* with 1 to 4 channels, got float64 \[4, 4, 4, 4\]$",
         ),
         ({"x": np.zeros((4, 9, 9, 9)), "y": Y}, r"got float64 \[4, 9, 9, 9\]$"),
         ({"x": np.zeros((0, 2)), "y": Y[:0]}, r"x must be numbers .*, got float64 \[0, 2\]$"),
