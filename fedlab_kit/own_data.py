@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from unicodedata import normalize
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -27,7 +26,7 @@ def from_folder(folder: str | Path, size: int | None = None, shares: Shares = SH
 
     x is uint8 [n, 1 or 3, h, w], or float32 [n, 1, h, w] of 16-bit and float pictures. Grey ones among coloured ones
     become RGB, transparent ones lie on white; `size` cuts out the middle square and scales it. Hidden files, names and
-    the order of files do not count. A split that is missing is dealt from train by `shares` and `seed`. Raises DataError.
+    order of files do not count. A split that is missing is dealt from train by `shares` and `seed`. Raises DataError.
     """
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
@@ -57,7 +56,7 @@ def from_npz(path: str | Path, shares: Shares = SHARES, seed: int = 0) -> Datase
         with open(Path(path).expanduser(), "rb") as raw, np.load(raw, allow_pickle=False) as file:
             roles = {key: _role(key) for key in file}
             found = {role: file[key] for key, role in roles.items() if role}
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
+    except Exception as error:  # damaged archives raise of all kinds
         raise DataError(f"{path} must be an .npz file of numbers and words, without objects: {error}") from None
     parts = sorted({part for part, _ in found})
     if sorted(filter(None, roles.values())) != [(part, array) for part in parts for array in "xy"] or 0 not in parts:
@@ -78,7 +77,7 @@ def from_csv(
     """Read a table with a header: numbers become features, a column of words an indicator for each word but the first.
 
     Separated by comma, tab or semicolon (then "1,5" is a number). `label` is the column of the class, whole numbers or
-    words; `site` that of where a row is from: each is a client with `partition="site"`, and split by itself; `drop` those
+    words; `site` that of where a row is from: a client each with `partition="site"`, and split by itself; `drop` those
     that measure nothing, such as a number of patients. What cannot be used is left out with a warning, or a DataError.
     """
     import pandas
@@ -93,16 +92,14 @@ def from_csv(
         raise DataError(f"{path} cannot be read as a table in UTF-8: {str(error).strip()}") from None
     table = table.apply(lambda cells: cells.str.strip()).rename(columns=str.strip)
     check_columns(str(path), list(table.columns), others := [label, *drop, *filter(None, [site])])
-    if separator == ";":
-        table = table.replace(r"^([-+]?\d*),(\d+)$", r"\1.\2", regex=True)
+    table = table.replace(r"^([-+]?\d*),(\d+)$", r"\1.\2", regex=True) if separator == ";" else table
     known = ~table[label].isin(MISSING)
     classes, numbers = _named(table.loc[known, label].to_numpy(str))
     table.loc[known, label] = [classes[number] for number in numbers]
     if site and table[site].isin(MISSING).any():
         raise DataError(f"{path}: column {site!r} must name a site in every row")
-    schema = Schema(
-        tuple(Column.of(*column) for column in table.drop(columns=others).items()), Column(label, 0, 0, classes)
-    )
+    columns = tuple(Column.of(name, cells) for name, cells in table.drop(columns=others).items())
+    schema = Schema(columns, Column(label, 0, 0, kinds=classes))
     groups = admit_all(dict(iter(table.groupby(site))), schema) if site else [admit("own", table, schema)]
     x, y, place = rows_of(groups)
     if left_out := sum(sum(group.left_out.values()) for group in groups):
@@ -138,7 +135,7 @@ def _picture(file: Path, size: int | None) -> np.ndarray:
             if size is not None:
                 shown = ImageOps.fit(shown, (size, size), Image.Resampling.BILINEAR)
             return np.atleast_3d(np.asarray(shown)).transpose(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each format raises its own
         raise DataError(f"{file} cannot be read as a picture: {error}") from None
 
 

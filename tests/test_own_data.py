@@ -222,7 +222,7 @@ def test_five_samples_and_a_class_of_one(tmp_path: Path) -> None:
 def test_no_sample_is_in_two_splits(tmp_path: Path) -> None:
     root = fill(tmp_path, {"a": 20, "b": 20})
     for n in range(10):
-        save(root / "ab"[n % 2], grey(n % 3), f"copy{n}.png")
+        save(root / "ab"[n % 2], grey(n), f"copy{n}.png")  # of ten pictures of class a
     with pytest.warns(
         UserWarning, match="^no sample may be in two splits: 10 equal another and go with it, 0 are left out"
     ):
@@ -376,6 +376,7 @@ X, Y = np.arange(8.0).reshape(4, 2), np.array([0, 1, 0, 1])
         ),
         ({"x": X, "y": Y + 0.5}, "labels must be whole numbers, words or bool, got float64"),
         ({"x": X, "y": np.array([0, 1, np.nan, 1])}, "labels must be whole numbers, words or bool, got float64"),
+        ({"x": X, "y": np.array([0, 1, np.inf, 1])}, "labels must be whole numbers, words or bool, got float64"),
         ({"x": X, "y": Y + 0j}, "labels must be whole numbers, words or bool, got complex128"),
         ({"x": X, "y": 0 * Y}, "there must be two classes and samples to learn from, got 4 of 0$"),
         ({"x": X.astype(str), "y": Y}, "x must be numbers .*, got <U32"),
@@ -395,7 +396,7 @@ def test_arrays_that_do_not_fit_are_refused_in_a_line(tmp_path: Path, arrays: di
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("damage", ["missing", "text", "cut", "npy", "pickle"])
+@pytest.mark.parametrize("damage", ["missing", "text", "cut", "bent", "npy", "pickle"])
 def test_a_file_that_is_no_npz_is_named(tmp_path: Path, damage: str) -> None:
     path = npz(tmp_path, x=RNG.random((99, 9)), y=np.arange(99) % 2)
     content = path.read_bytes()
@@ -405,7 +406,8 @@ def test_a_file_that_is_no_npz_is_named(tmp_path: Path, damage: str) -> None:
     elif damage == "missing":
         path.unlink()
     else:
-        path.write_bytes({"text": b"hello", "cut": content[:-400], "pickle": b"\x80\x04]\x94."}[damage])
+        bent = content[:999] + bytes(99) + content[1098:]
+        path.write_bytes({"text": b"hello", "bent": bent, "cut": content[:-400], "pickle": b"\x80\x04]\x94."}[damage])
     with pytest.raises(
         DataError, match=r"own\.npz must be an \.npz file of numbers and words, without objects: "
     ) as error:
