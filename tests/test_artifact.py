@@ -20,7 +20,7 @@ import fedlab_kit as fk
 from fedlab_kit.compression.quantize import grid_codes
 from fedlab_kit.data import Preprocess
 from fedlab_kit.deployment import artifact as artifact_module
-from fedlab_kit.deployment import convert, export, measure, static
+from fedlab_kit.deployment import convert, measure, onnx_export, static
 from fedlab_kit.deployment.artifact import compress, load, slug
 
 RECIPES = [
@@ -171,7 +171,7 @@ def test_pruned_zeros_survive_quantization(run: fk.Run, tmp_path: Path) -> None:
 def test_the_same_recipe_gives_the_same_bytes(run: fk.Run, recipe: fk.Recipe, tmp_path: Path) -> None:
     first = compress(run, recipe, tmp_path / "first").path.read_bytes()
     if recipe.prune_ratio:
-        export._skeletons.clear()  # the pruned shape is now exported itself instead of filled into the dense graph
+        onnx_export._skeletons.clear()  # the pruned shape is now exported itself instead of filled into the dense graph
     assert compress(run, recipe, tmp_path / "again").path.read_bytes() == first
 
 
@@ -204,13 +204,13 @@ def test_a_swapped_graph_is_never_trusted_blindly(run: fk.Run, tmp_path: Path) -
     x = run.dataset.validation.x[:8]
     for factor in (1.0, 2.0):
         model = Scaled(factor).eval()
-        graph = export.export(model, run.dataset.preprocess, x)
+        graph = onnx_export.export(model, run.dataset.preprocess, x)
         found = measure.open_session(graph.SerializeToString()).run(None, {"x": x.numpy()})[0]
         np.testing.assert_allclose(found, model(run.dataset.preprocess(x)).detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
-    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
+    graph = onnx_export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
     ranges = static.calibrate(graph, [run.dataset.train.x[shard] for shard in run.shards])
     files = {
         "int8 static": convert.convert(graph, "int8", ranges),
@@ -304,7 +304,7 @@ def test_a_model_that_cannot_be_exported_is_named(run: fk.Run, tmp_path: Path) -
 
 
 def test_an_unknown_dtype_is_named(run: fk.Run) -> None:
-    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
+    graph = onnx_export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
     with pytest.raises(ValueError, match="dtype must be one of fp32, fp16, int8, int4, int2, got 'int3'"):
         convert.convert(graph, "int3")
 
@@ -312,7 +312,7 @@ def test_an_unknown_dtype_is_named(run: fk.Run) -> None:
 def test_features_keep_their_range_in_half_precision() -> None:
     model = nn.Linear(2, 3).eval()
     raw = torch.tensor([[1e6, 0.5], [2e6, -0.5]])  # 1e6 is no float16
-    graph = convert.convert(export.export(model, Preprocess((1.5e6, 0.0), (5e5, 1.0)), raw), "fp16")
+    graph = convert.convert(onnx_export.export(model, Preprocess((1.5e6, 0.0), (5e5, 1.0)), raw), "fp16")
     found = measure.open_session(graph.SerializeToString()).run(None, {"x": raw.numpy()})[0]
     expected = model(torch.tensor([[-1.0, 0.5], [1.0, -0.5]])).detach().numpy()
     np.testing.assert_allclose(found, expected, atol=5e-3)
@@ -322,7 +322,7 @@ def test_quantizers_leave_logging_as_it_was(run: fk.Run, tmp_path: Path) -> None
     """In a fresh process, where the quantizer is imported for the first time."""
     script = (
         "import logging, torch, fedlab_kit as fk; from fedlab_kit.deployment.convert import convert\n"
-        "from fedlab_kit.deployment.export import export; from fedlab_kit.models import build\n"
+        "from fedlab_kit.deployment.onnx_export import export; from fedlab_kit.models import build\n"
         "graph = export(build('mlp', (4,), 2, 0).eval(), fk.Preprocess(0.0, 1.0), torch.zeros(2, 4))\n"
         "[convert(graph, dtype) for dtype in ('int8', 'int4')]\n"
         "print(logging.getLogger().level, logging.getLogger().handlers)"

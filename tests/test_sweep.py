@@ -3,6 +3,7 @@
 import os
 import re
 import threading
+from importlib import import_module
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedlab_kit as fk
-from fedlab_kit import runs, training
+from fedlab_kit import runs
 from fedlab_kit.deployment import artifact, measure
 from fedlab_kit.deployment.artifact import load
-from fedlab_kit.deployment.fleet import choose, front
+from fedlab_kit.deployment.selection import choose, front
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.compressor import Compressor
 from fedlab_kit.lab.marks import Marks
@@ -22,6 +23,8 @@ from fedlab_kit.lab.points import Points
 from fedlab_kit.runs import find, history
 from fedlab_kit.store import when_and_where
 from fedlab_kit.sweep import pareto, spread, sweep
+
+sweeping = import_module("fedlab_kit.sweep")  # the package's attribute of that name is the function
 
 SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=2, lr=0.05)
 
@@ -78,12 +81,12 @@ TINY = fk.Experiment(model="logistic", rounds=1, clients=4, clients_per_round=2)
 @pytest.fixture
 def impatient(monkeypatch):
     """A second process is started with the first round."""
-    monkeypatch.setattr(training, "PATIENCE", 0.0)
-    monkeypatch.setattr(training.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(sweeping, "PATIENCE", 0.0)
+    monkeypatch.setattr(sweeping.os, "cpu_count", lambda: 2)
 
 
 def test_a_second_process_trains_what_it_is_given_and_counts(runs_folder, impatient):
-    second = training.SecondProcess([TINY, TINY.replace(seed=1)])
+    second = sweeping.SecondProcess([TINY, TINY.replace(seed=1)])
     second.start_if_it_pays()
     second.start_if_it_pays()
     assert second._process.wait(60) == 0
@@ -93,7 +96,7 @@ def test_a_second_process_trains_what_it_is_given_and_counts(runs_folder, impati
 
 
 def test_a_second_process_ends_when_its_parent_says_so(runs_folder, impatient):
-    second = training.SecondProcess([TINY.replace(rounds=100_000)])
+    second = sweeping.SecondProcess([TINY.replace(rounds=100_000)])
     second.start_if_it_pays()
     second.end()
     assert second._process.poll() is not None and second.done == 0
@@ -108,7 +111,7 @@ def test_both_processes_together_train_everything_once(runs_folder, impatient):
 
 
 def test_what_only_this_process_knows_is_trained_here(impatient):
-    second = training.SecondProcess([SMALL])
+    second = sweeping.SecondProcess([SMALL])
     second.start_if_it_pays()
     assert second._process is None
     second.end()
@@ -116,7 +119,7 @@ def test_what_only_this_process_knows_is_trained_here(impatient):
 
 def test_an_interrupted_sweep_ends_the_second_process_and_goes_on_later(runs_folder, impatient, monkeypatch):
     ended = []
-    monkeypatch.setattr(training.SecondProcess, "end", lambda second: ended.append(second))
+    monkeypatch.setattr(sweeping.SecondProcess, "end", lambda second: ended.append(second))
 
     def interrupt(done, of, words):
         raise KeyboardInterrupt
