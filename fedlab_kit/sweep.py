@@ -144,7 +144,19 @@ def built_in(experiment: Experiment) -> bool:
     return all(map(catalog.is_built_in, parts(experiment))) and all(map(built_in, experiment.parents))
 
 
-MEASURED = ("accuracy", "bytes", "zstd_bytes", "latency_ms", "throughput", "sparsity", "parameters", "note")
+MEASURED = (
+    "accuracy",
+    "lost",
+    "changed",
+    "bytes",
+    "zstd_bytes",
+    "latency_ms",
+    "throughput",
+    "sparsity",
+    "parameters",
+    "note",
+)
+ENDS = ("low", "high", "lost_low", "lost_high")
 TRAFFIC = ("uplink_bytes", "downlink_bytes")
 
 
@@ -207,10 +219,10 @@ def measure_point(what: Run | Subject | Exception, recipe: Recipe, model: str) -
         artifact = _known(what, recipe) or compress(what, recipe)
     except Exception as error:  # whatever it was, the other points are worth their measurement
         why = f"{model} as {slug(recipe).replace('-', ' ')}: {complaint(error)}"
-        return {**dict.fromkeys((*MEASURED, "low", "high"), nan), **training, "path": None, "note": why}
+        return {**dict.fromkeys((*MEASURED, *ENDS), nan), **training, "path": None, "note": why}
     measured = {name: getattr(artifact, name) for name in MEASURED}
-    low, high = artifact.interval
-    return {**measured, "low": low, "high": high, **training, "path": artifact.path}
+    ends = dict(zip(ENDS, artifact.interval + artifact.lost_interval, strict=True))
+    return {**measured, **ends, **training, "path": artifact.path}
 
 
 def _known(what: Run | Subject, recipe: Recipe) -> Artifact | None:
@@ -237,9 +249,9 @@ def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
     """
     if over not in table.columns:
         raise ValueError(f"over must be a column of the table ({', '.join(table.columns)}), got {over!r}")
-    made = {*MEASURED, *TRAFFIC, "low", "high", "seconds", "path", "front", over}
+    made = {*MEASURED, *TRAFFIC, *ENDS, "seconds", "path", "front", over}
     kept = [name for name in table.columns if name not in made]
-    averaged = {name: (name, "mean") for name in ("bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")}
+    averaged = {name: (name, "mean") for name in ("lost", "bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")}
     grouped = table.dropna(subset="accuracy").assign(_all=0).groupby([*kept, "_all"], sort=False, dropna=False)
     means = grouped.agg(
         accuracy=("accuracy", "mean"),
