@@ -16,12 +16,13 @@ from threading import Event, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from fedlab_kit import catalog
 from fedlab_kit.data import Dataset
 from fedlab_kit.deployment.artifact import Artifact, compress, recall, slug
-from fedlab_kit.deployment.selection import pareto
+from fedlab_kit.deployment.selection import front_share, pareto
 from fedlab_kit.deployment.subject import Subject, subject_of
 from fedlab_kit.experiment import Clash, Experiment, Recipe, complaint
 from fedlab_kit.files import ROOT, StoreError
@@ -197,16 +198,22 @@ def sweep(
 
     model = experiment.model if isinstance(experiment, Experiment) else type(experiment).__name__
     rows: list[dict[str, Any]] = []
+    right: list[np.ndarray | None] = []
     for what, how, values in points:
         if (stop is not None and stop.is_set()) or (ready := made(what)) is None:
             break
-        rows.append({**values, **measure_point(ready, how, str(values.get("model", model)))})
+        artifact, figures = measure_point(ready, how, str(values.get("model", model)))
+        right.append(None if artifact is None else artifact.answers == artifact.dataset.filled("validation").y.numpy())
+        rows.append({**values, **figures})
         tell(len(rows), len(points), "points measured")
-    return _with_front(pandas.DataFrame(rows))
+    table = _with_front(pandas.DataFrame(rows))
+    return table.assign(front_share=front_share(table["zstd_bytes"], right)) if len(table) else table
 
 
-def measure_point(what: Run | Subject | Exception, recipe: Recipe, model: str) -> dict[str, Any]:
-    """Return the row of a point, measured now or before; what cannot be measured is NaN, and `note` says why."""
+def measure_point(
+    what: Run | Subject | Exception, recipe: Recipe, model: str
+) -> tuple[Artifact | None, dict[str, Any]]:
+    """Return a point's file and row, measured now or before; what cannot be is NaN, and `note` says why."""
     run = what if isinstance(what, Run) else None
     training = {name: getattr(run, name, nan) for name in TRAFFIC} | {
         "seconds": run.measured["seconds"] if run else nan
@@ -219,10 +226,10 @@ def measure_point(what: Run | Subject | Exception, recipe: Recipe, model: str) -
         artifact = _known(what, recipe) or compress(what, recipe)
     except Exception as error:  # whatever it was, the other points are worth their measurement
         why = f"{model} as {slug(recipe).replace('-', ' ')}: {complaint(error)}"
-        return {**dict.fromkeys((*MEASURED, *ENDS), nan), **training, "path": None, "note": why}
+        return None, {**dict.fromkeys((*MEASURED, *ENDS), nan), **training, "path": None, "note": why}
     measured = {name: getattr(artifact, name) for name in MEASURED}
     ends = dict(zip(ENDS, artifact.interval + artifact.lost_interval, strict=True))
-    return {**measured, **ends, **training, "path": artifact.path}
+    return artifact, {**measured, **ends, **training, "path": artifact.path}
 
 
 def _known(what: Run | Subject, recipe: Recipe) -> Artifact | None:
@@ -249,7 +256,7 @@ def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
     """
     if over not in table.columns:
         raise ValueError(f"over must be a column of the table ({', '.join(table.columns)}), got {over!r}")
-    made = {*MEASURED, *TRAFFIC, *ENDS, "seconds", "path", "front", over}
+    made = {*MEASURED, *TRAFFIC, *ENDS, "seconds", "path", "front", "front_share", over}
     kept = [name for name in table.columns if name not in made]
     averaged = {name: (name, "mean") for name in ("lost", "bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")}
     grouped = table.dropna(subset="accuracy").assign(_all=0).groupby([*kept, "_all"], sort=False, dropna=False)
