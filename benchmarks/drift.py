@@ -91,7 +91,7 @@ def ks_streams(seed: int, name: str) -> dict[str, Any]:
 
 def shifted(data: fk.Dataset, site: int, name: str, count: int, rng: Any) -> Iterator[Any]:
     """Yield `count` streams of a site's resampled test patients, float32 [n, d], changed as `name` says."""
-    from fedlab_kit.deployment.stream import changed
+    from fedlab_kit.deployment.monitor import changed
 
     how = {"gain": 1.0, "offset": 0.0, "count": 10, "around": "zero", **SHIFTS[name]}
     about = data.preprocess.mean if how["around"] == "mean" else 0.0

@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING, Any
 from fedlab_kit.deployment import score as score  # first of all: it silences onnxruntime before any import of that
 
 # isort: split
-from fedlab_kit import hospitals as hospitals  # registers its data sets
+from fedlab_kit import pneumonia as pneumonia  # these two register their data sets
+from fedlab_kit import site_tables as site_tables
 from fedlab_kit.catalog import dataset, model
 from fedlab_kit.data import Dataset, Preprocess, Split
 from fedlab_kit.deployment.artifact import Artifact, compress
-from fedlab_kit.deployment.fleet import choose
+from fedlab_kit.deployment.selection import choose
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab.exercises import check
 from fedlab_kit.lab.leaderboard import leaderboard
 from fedlab_kit.own_data import from_csv, from_folder, from_npz
 from fedlab_kit.run import Run
-from fedlab_kit.runs import find, rounds
-from fedlab_kit.scale.engines import train
+from fedlab_kit.runs import find, rounds, train
 from fedlab_kit.sweep import sweep
 from fedlab_kit.wire import Codec, codec
 

@@ -11,9 +11,9 @@ from unicodedata import normalize
 
 import numpy as np
 
-from fedlab_kit.clinic import MISSING, Column, Schema, admit, admit_all, check_columns, deal, joined, rows_of
 from fedlab_kit.data import SPLITS, Dataset
 from fedlab_kit.download import DataError
+from fedlab_kit.site_tables import MISSING, Column, Schema, admit, admit_all, check_columns, deal, joined, rows_of
 
 Shares = tuple[float, float, float]
 SHARES: Shares = (0.6, 0.2, 0.0)  # of train, validation and public, for samples that come unsplit; the rest is test

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 from threading import Event
@@ -31,15 +32,55 @@ from fedlab_kit.run import Run, StoredRun, status
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire import make
 
+ENGINES = ("process", "flower")
+
 
 def train(
     experiment: Experiment,
     stop: Event | None = None,
     progress: Callable[[RoundRecord], None] | None = None,
     store: Path | None = None,
+    engine: str = "process",
+) -> Run:
+    """Run an experiment, or answer it from the store, or go on where it stopped.
+
+    `progress` is called with every record, stored ones at once. Setting `stop` ends the run before its next batch;
+    the rounds so far are kept, and the same call later goes on to the same final weights. Another notebook that
+    trains the same experiment at this moment is waited for. `store` is another folder to keep runs in than
+    `runs_folder()`. `engine` is "process", all in this one, or "flower", every client a virtual node of Flower's
+    simulation on Ray: the same numbers, for populations that outgrow one process. What a user wrote and the store could
+    not tell from a later version is run every time, with a warning, and kept as long as this process. Raises ValueError
+    for an impossible experiment or an unknown engine, OSError when the store is unreadable or full, and
+    ModuleNotFoundError with the remedy when Flower is not installed.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "process":
+        run = execute(experiment, stop, progress, store)
+    else:
+        need_flower()
+        from fedlab_kit.scale.flower import simulate
+
+        run = simulate(experiment, stop, progress, store)
+    run.warn()
+    return run
+
+
+def need_flower() -> None:
+    """Raise ModuleNotFoundError with the remedy when Flower or Ray is not installed."""
+    for name in ("flwr", "ray"):
+        if find_spec(name) is None:
+            raise ModuleNotFoundError('this needs Flower: pip install -c constraints.txt -e ".[scale]"', name=name)
+
+
+def execute(
+    experiment: Experiment,
+    stop: Event | None = None,
+    progress: Callable[[RoundRecord], None] | None = None,
+    store: Path | None = None,
     exchange: Exchange = in_process,
 ) -> Run:
-    """Do what `scale.engines.train` says, with the messages of each round carried by `exchange`, see `play`."""
+    """Do what `train` says, with the messages of each round carried by `exchange`, see `play`."""
     if experiment.normalization == "own" and exchange is not in_process:
         raise ValueError("normalization must be shared on Flower: every client's own model is evaluated in one process")
     folder, unstored = _place(experiment, store)
@@ -75,7 +116,7 @@ def _place(experiment: Experiment, store: Path | None) -> tuple[RunFolder, str]:
 
 @cache
 def _spare() -> Path:
-    return spare_folder(train)
+    return spare_folder(execute)
 
 
 def rounds(experiment: Experiment, stop: Event | None = None) -> Iterator[RoundRecord]:
@@ -101,7 +142,7 @@ def parents_of(
     ValueError if one has diverged, TimeoutError if `stop` came before one was finished.
     """
     wanted = (experiment.start, experiment.teacher)
-    found = [None if one is None else _outcome(train(one, stop, None, store, exchange)) for one in wanted]
+    found = [None if one is None else _outcome(execute(one, stop, None, store, exchange)) for one in wanted]
     return Parents(*found)
 
 

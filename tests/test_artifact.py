@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import zstandard
@@ -20,8 +21,9 @@ import fedlab_kit as fk
 from fedlab_kit.compression.quantize import grid_codes
 from fedlab_kit.data import Preprocess
 from fedlab_kit.deployment import artifact as artifact_module
-from fedlab_kit.deployment import convert, export, measure, static
+from fedlab_kit.deployment import convert, measure, onnx_export, static
 from fedlab_kit.deployment.artifact import compress, load, slug
+from fedlab_kit.statistics import paired_loss
 
 RECIPES = [
     fk.Recipe(),
@@ -46,7 +48,7 @@ def stand_in(run: fk.Run, model: nn.Module) -> Any:
     """A run with another model."""
     names = ("experiment", "dataset", "shards", "records", "uplink_bytes", "downlink_bytes", "privacy")
     same = {name: getattr(run, name) for name in names}
-    return SimpleNamespace(model=model.eval(), key="0" * 20, path=None, **same)
+    return SimpleNamespace(model=model.eval(), key="0" * 20, path=run.path.with_name("0" * 20), **same)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=slug)
@@ -171,7 +173,7 @@ def test_pruned_zeros_survive_quantization(run: fk.Run, tmp_path: Path) -> None:
 def test_the_same_recipe_gives_the_same_bytes(run: fk.Run, recipe: fk.Recipe, tmp_path: Path) -> None:
     first = compress(run, recipe, tmp_path / "first").path.read_bytes()
     if recipe.prune_ratio:
-        export._skeletons.clear()  # the pruned shape is now exported itself instead of filled into the dense graph
+        onnx_export._skeletons.clear()  # the pruned shape is now exported itself instead of filled into the dense graph
     assert compress(run, recipe, tmp_path / "again").path.read_bytes() == first
 
 
@@ -204,13 +206,13 @@ def test_a_swapped_graph_is_never_trusted_blindly(run: fk.Run, tmp_path: Path) -
     x = run.dataset.validation.x[:8]
     for factor in (1.0, 2.0):
         model = Scaled(factor).eval()
-        graph = export.export(model, run.dataset.preprocess, x)
+        graph = onnx_export.export(model, run.dataset.preprocess, x)
         found = measure.open_session(graph.SerializeToString()).run(None, {"x": x.numpy()})[0]
         np.testing.assert_allclose(found, model(run.dataset.preprocess(x)).detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
-    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
+    graph = onnx_export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
     ranges = static.calibrate(graph, [run.dataset.train.x[shard] for shard in run.shards])
     files = {
         "int8 static": convert.convert(graph, "int8", ranges),
@@ -242,6 +244,32 @@ def test_weights_that_a_dtype_cannot_hold_are_named(run: fk.Run, tmp_path: Path)
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["measured"]["note"] == half.note
     for recipe in (fk.Recipe(dtype="int4"), fk.Recipe(dtype="int2"), fk.Recipe(dtype="int8", quantization="dynamic")):
         assert not compress(stand_in(run, model), recipe, tmp_path).note
+
+
+def test_what_a_file_lost_is_counted_on_the_same_pictures(run: fk.Run, tmp_path: Path) -> None:
+    def right(artifact: fk.Artifact) -> tuple[np.ndarray, np.ndarray]:
+        x, y = run.dataset.validation.x.numpy(), run.dataset.validation.y.numpy()
+        classes = onnxruntime.InferenceSession(artifact.path).run(None, {"x": x})[0].argmax(1)
+        return classes, classes == y
+
+    low = compress(run, fk.Recipe(dtype="int2", prune="weight", prune_ratio=0.5), tmp_path)  # makes its baseline itself
+    plain = compress(run, fk.Recipe(), tmp_path)
+    (before, was), (after, still) = right(plain), right(low)
+    assert low.changed == (before != after).sum() > 0
+    assert low.lost == pytest.approx(100 * (was.mean() - still.mean())) != 0
+    assert low.lost_interval == pytest.approx([100 * end for end in paired_loss(was, still)[1:3]])
+    assert np.array_equal(low.answers, after) and np.array_equal(load(low.path).answers, after)
+    assert (plain.lost, plain.changed) == (0, 0) and plain.lost_interval[0] == -plain.lost_interval[1]
+    assert compress(run, fk.Recipe(prune="channel"), tmp_path).lost == 0  # nothing is pruned at a ratio of 0
+    [row] = fk.sweep(EXPERIMENT, {"dtype": ["int2"]}, fk.Recipe(prune_ratio=0.5)).to_dict("records")
+    assert [row[name] for name in ("lost", "lost_low", "lost_high")] == [low.lost, *low.lost_interval]
+
+
+def test_the_baseline_is_that_of_the_weights_in_the_model(run: fk.Run, tmp_path: Path) -> None:
+    compress(run, fk.Recipe())  # the run's own baseline is stored
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    half = compress(stand_in(run, model), fk.Recipe(dtype="fp16"), tmp_path)
+    assert half.changed <= 2 and abs(half.lost) <= 2  # beside the run's own model nearly all answers would differ
 
 
 def test_channel_pruning_without_channels_says_so(run: fk.Run, tmp_path: Path) -> None:
@@ -304,7 +332,7 @@ def test_a_model_that_cannot_be_exported_is_named(run: fk.Run, tmp_path: Path) -
 
 
 def test_an_unknown_dtype_is_named(run: fk.Run) -> None:
-    graph = export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
+    graph = onnx_export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
     with pytest.raises(ValueError, match="dtype must be one of fp32, fp16, int8, int4, int2, got 'int3'"):
         convert.convert(graph, "int3")
 
@@ -312,7 +340,7 @@ def test_an_unknown_dtype_is_named(run: fk.Run) -> None:
 def test_features_keep_their_range_in_half_precision() -> None:
     model = nn.Linear(2, 3).eval()
     raw = torch.tensor([[1e6, 0.5], [2e6, -0.5]])  # 1e6 is no float16
-    graph = convert.convert(export.export(model, Preprocess((1.5e6, 0.0), (5e5, 1.0)), raw), "fp16")
+    graph = convert.convert(onnx_export.export(model, Preprocess((1.5e6, 0.0), (5e5, 1.0)), raw), "fp16")
     found = measure.open_session(graph.SerializeToString()).run(None, {"x": raw.numpy()})[0]
     expected = model(torch.tensor([[-1.0, 0.5], [1.0, -0.5]])).detach().numpy()
     np.testing.assert_allclose(found, expected, atol=5e-3)
@@ -322,7 +350,7 @@ def test_quantizers_leave_logging_as_it_was(run: fk.Run, tmp_path: Path) -> None
     """In a fresh process, where the quantizer is imported for the first time."""
     script = (
         "import logging, torch, fedlab_kit as fk; from fedlab_kit.deployment.convert import convert\n"
-        "from fedlab_kit.deployment.export import export; from fedlab_kit.models import build\n"
+        "from fedlab_kit.deployment.onnx_export import export; from fedlab_kit.models import build\n"
         "graph = export(build('mlp', (4,), 2, 0).eval(), fk.Preprocess(0.0, 1.0), torch.zeros(2, 4))\n"
         "[convert(graph, dtype) for dtype in ('int8', 'int4')]\n"
         "print(logging.getLogger().level, logging.getLogger().handlers)"

@@ -14,7 +14,7 @@ import fedlab_kit as fk
 from fedlab_kit import catalog
 from fedlab_kit.clients import client_accuracy, mean_over
 from fedlab_kit.data import SPLITS, Dataset, Preprocess, Split, load
-from fedlab_kit.deployment.evaluate import evaluate
+from fedlab_kit.deployment.evaluate import evaluate, side_by_side
 from fedlab_kit.deployment.score import Model
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab.client_pictures import accuracy_of_each
@@ -23,7 +23,6 @@ from fedlab_kit.lab.compare import comparison
 from fedlab_kit.lab.leaderboard import worst_client
 from fedlab_kit.lab.plots import client_accuracy as draw
 from fedlab_kit.lab.wording import outcome
-from fedlab_kit.personal import side_by_side
 from fedlab_kit.run import absent
 from fedlab_kit.wire import CODECS, NotFinite, PayloadError, compensate, make, pack, unpack
 

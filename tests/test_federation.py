@@ -86,7 +86,7 @@ def test_ray_gives_the_same_weights_and_is_gone_afterwards(tmp_path):
     experiment = fk.Experiment(model="mlp", clients=6, clients_per_round=4, rounds=3, uplink="stc", downlink="int4")
     before = {process.pid for process in psutil.process_iter()}
     there = fk.train(experiment, engine="flower")
-    here = runs.train(experiment, store=tmp_path / "here")
+    here = runs.execute(experiment, store=tmp_path / "here")
     assert torch.equal(here.weights, there.weights)
     assert [r.uplink_bytes for r in here.records] == [r.uplink_bytes for r in there.records]
     children = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]

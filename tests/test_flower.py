@@ -101,7 +101,7 @@ def on_flower(experiment, grid=None, patience=0.3, **more):
 
 
 def fk_train(experiment, exchange=loop.in_process, **more):
-    return runs.train(experiment, exchange=exchange, **more)
+    return runs.execute(experiment, exchange=exchange, **more)
 
 
 def timeless(records):
@@ -288,7 +288,7 @@ def test_processes_import_what_is_in_a_module_and_refuse_what_is_in_a_notebook(m
 def test_unknown_engines_and_a_missing_extra_have_one_clear_line(monkeypatch):
     with pytest.raises(ValueError, match=r"^engine must be one of process, flower, got 'ray'$"):
         fk.train(SMALL, engine="ray")
-    monkeypatch.setattr("fedlab_kit.scale.engines.find_spec", lambda name: None)
+    monkeypatch.setattr("fedlab_kit.runs.find_spec", lambda name: None)
     with pytest.raises(
         ModuleNotFoundError, match=r'^this needs Flower: pip install -c constraints.txt -e "\.\[scale\]"$'
     ):

@@ -411,7 +411,7 @@ def test_statistics_of_samples_do_not_leave_under_privacy():
 def test_threads_that_compress_get_what_one_alone_gets(tmp_path):
     runs = [fk.train(SMALL.replace(model=model, rounds=1)) for model in ("mlp", "normed", "body", "logistic")]
     alone = [fk.compress(run, fk.Recipe(dtype="int8"), tmp_path / "alone").digest for run in runs]
-    fk.deployment.export._skeletons.clear()
+    fk.deployment.onnx_export._skeletons.clear()
     barrier, found = threading.Barrier(len(runs)), {}
 
     def work(k):

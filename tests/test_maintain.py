@@ -7,8 +7,7 @@ import torch
 import fedlab_kit as fk
 from fedlab_kit import catalog
 from fedlab_kit.data import Dataset, Split, load
-from fedlab_kit.deployment.maintain import better, log_loss, maintain
-from fedlab_kit.deployment.registry import Registry
+from fedlab_kit.deployment.registry import Registry, better, log_loss, maintain
 
 EXPERIMENT = fk.Experiment(
     dataset="clinics", model="logistic", partition="site", clients=3, clients_per_round=3, rounds=10, lr=0.2

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlab_kit.data import Preprocess
-from fedlab_kit.deployment import export, measure
+from fedlab_kit.deployment import measure, onnx_export
 
 PREPROCESS = Preprocess(0.1, 1.2)
 IMAGE, SERIES, TABLE = (1, 16, 16), (6, 8), (10,)
@@ -153,14 +153,14 @@ def answers(graph: onnx.ModelProto, x: Tensor) -> np.ndarray:
 def exports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """An empty cache, and a list that grows with every call of torch's exporter."""
     calls: list[str] = []
-    original = export._torch_export
+    original = onnx_export._torch_export
 
-    def counted(deployed: export.Deployed, x: Tensor) -> object:
+    def counted(deployed: onnx_export.Deployed, x: Tensor) -> object:
         calls.append(type(deployed.model).__name__)
         return original(deployed, x)
 
-    monkeypatch.setattr(export, "_torch_export", counted)
-    monkeypatch.setattr(export, "_skeletons", {})
+    monkeypatch.setattr(onnx_export, "_torch_export", counted)
+    monkeypatch.setattr(onnx_export, "_skeletons", {})
     return calls
 
 
@@ -170,14 +170,14 @@ def test_other_weights_need_no_other_export_and_give_the_same_bytes(
 ) -> None:
     make, shape = MODELS[name]
     x, models = samples(shape), [drawn(make, seed) for seed in range(2)]
-    graphs = [export.export(model, PREPROCESS, x) for model in models]
+    graphs = [onnx_export.export(model, PREPROCESS, x) for model in models]
     assert len(exports) == 1 and capfd.readouterr() == ("", "")
-    for model, graph in zip(models, map(export.clean, graphs), strict=True):
+    for model, graph in zip(models, map(onnx_export.clean, graphs), strict=True):
         onnx.checker.check_model(graph)
         for batch in (x, x[:1], x[:33]):
             np.testing.assert_allclose(answers(graph, batch), expected(model, batch), rtol=1e-4, atol=1e-5)
-    export._skeletons.clear()
-    assert export.export(models[1], PREPROCESS, x).SerializeToString() == graphs[1].SerializeToString()
+    onnx_export._skeletons.clear()
+    assert onnx_export.export(models[1], PREPROCESS, x).SerializeToString() == graphs[1].SerializeToString()
 
 
 @pytest.mark.parametrize("make", [plain, normed, residual])
@@ -185,11 +185,11 @@ def test_other_widths_need_no_other_export_and_give_the_same_bytes(
     make: Callable[[int], nn.Module], exports: list[str]
 ) -> None:
     x, models = samples(IMAGE), [drawn(lambda width=width: make(width), 0) for width in (8, 5)]
-    graphs = [export.export(model, PREPROCESS, x) for model in models]
+    graphs = [onnx_export.export(model, PREPROCESS, x) for model in models]
     assert len(exports) == 1
     np.testing.assert_allclose(answers(graphs[1], x), expected(models[1], x), rtol=1e-4, atol=1e-5)
-    export._skeletons.clear()
-    assert export.export(models[1], PREPROCESS, x).SerializeToString() == graphs[1].SerializeToString()
+    onnx_export._skeletons.clear()
+    assert onnx_export.export(models[1], PREPROCESS, x).SerializeToString() == graphs[1].SerializeToString()
 
 
 FACTOR = 2.0
@@ -241,7 +241,7 @@ def test_nothing_of_another_model_of_the_class_gets_into_a_file(
     small, large = samples(TABLE) * 0.01, samples(TABLE) * 300
     for k, make in enumerate((one, other)):
         model = drawn(make, k)
-        graph = export.export(model, PREPROCESS, small)
+        graph = onnx_export.export(model, PREPROCESS, small)
         np.testing.assert_allclose(answers(graph, large), expected(model, large), rtol=1e-4, atol=1e-3)
         assert len(exports) == k + 1
 
@@ -250,7 +250,7 @@ def test_a_constant_that_a_cell_has_changed_is_in_the_file(exports: list[str], m
     x, model = samples(TABLE), drawn(lambda: Reads("global"), 0)
     for value in (2.0, 2.00001):
         monkeypatch.setitem(globals(), "FACTOR", value)
-        np.testing.assert_allclose(answers(export.export(model, PREPROCESS, x), x), expected(model, x), rtol=1e-4)
+        np.testing.assert_allclose(answers(onnx_export.export(model, PREPROCESS, x), x), expected(model, x), rtol=1e-4)
     assert len(exports) == 2
 
 
@@ -258,13 +258,15 @@ def test_a_graph_is_trusted_only_when_the_runtime_agrees_on_extreme_values(expor
     """A cached graph of another bound, put there by hand: of 700 samples one shows it, and is not among the drawn."""
     x, models = samples(TABLE, 700) * 0.01, [drawn(lambda limit=limit: Flagged(limit), 0) for limit in (100.0, 6.0)]
     x[1] *= 10_000
-    export.export(models[0], PREPROCESS, x)
-    [*keys], wrong = export._skeletons, next(iter(export._skeletons.values()))
-    export._skeletons.clear()
-    export.export(models[1], PREPROCESS, x)
-    assert not set(keys) & set(export._skeletons)
-    export._skeletons.update(dict.fromkeys(export._skeletons, wrong))
-    np.testing.assert_allclose(answers(export.export(models[1], PREPROCESS, x), x), expected(models[1], x), rtol=1e-4)
+    onnx_export.export(models[0], PREPROCESS, x)
+    [*keys], wrong = onnx_export._skeletons, next(iter(onnx_export._skeletons.values()))
+    onnx_export._skeletons.clear()
+    onnx_export.export(models[1], PREPROCESS, x)
+    assert not set(keys) & set(onnx_export._skeletons)
+    onnx_export._skeletons.update(dict.fromkeys(onnx_export._skeletons, wrong))
+    np.testing.assert_allclose(
+        answers(onnx_export.export(models[1], PREPROCESS, x), x), expected(models[1], x), rtol=1e-4
+    )
     assert len(exports) == 3
 
 
@@ -293,14 +295,14 @@ def test_what_torch_cannot_export_is_named_with_its_cause_in_one_line(
     how: str, cause: str, exports: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=f"^model Refused cannot be exported to ONNX: .*{cause}.*$") as raised:
-        export.export(drawn(lambda: Refused(how), 0), PREPROCESS, samples(TABLE, 4))
+        onnx_export.export(drawn(lambda: Refused(how), 0), PREPROCESS, samples(TABLE, 4))
     assert "\n" not in str(raised.value) and capfd.readouterr().err == ""
 
 
 def test_the_cache_holds_no_weights(exports: list[str]) -> None:
     model = drawn(plain, 0)
-    export.export(model, PREPROCESS, samples(IMAGE))
-    kept = {name: value for one in export._skeletons.values() for name, value in one.graph.initializers.items()}
+    onnx_export.export(model, PREPROCESS, samples(IMAGE))
+    kept = {name: value for one in onnx_export._skeletons.values() for name, value in one.graph.initializers.items()}
     assert {f"model.{name}" for name in model.state_dict()} <= kept.keys()
     assert all(value.const_value is None for name, value in kept.items() if "." in name)
 
@@ -308,16 +310,16 @@ def test_the_cache_holds_no_weights(exports: list[str]) -> None:
 def test_exporting_leaves_the_model_alone(exports: list[str]) -> None:
     model = drawn(normed, 0).train()
     before = copy.deepcopy(model.state_dict())
-    export.export(model, PREPROCESS, samples(IMAGE))
+    onnx_export.export(model, PREPROCESS, samples(IMAGE))
     assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_file_has_the_shortest_names_and_its_size_is_that_of_its_tensors() -> None:
-    graph = export.clean(export.export(drawn(plain, 0), PREPROCESS, samples(IMAGE)))
+    graph = onnx_export.clean(onnx_export.export(drawn(plain, 0), PREPROCESS, samples(IMAGE)))
     [value] = graph.graph.output
     names = {name for node in graph.graph.node for name in (*node.input, *node.output)}
     assert names - {"x", "logits"} <= set("abcdefghijklmnopqrstuvw") and value.name == "logits"
     assert not any(node.name or node.doc_string or node.metadata_props for node in graph.graph.node)
     held = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
     assert held == 4 * (8 * 9 + 8 + 392 * 12 + 12 + 12 * 4 + 4 + 2) and graph.ByteSize() - held < 430
-    assert export.clean(graph) == graph
+    assert onnx_export.clean(graph) == graph

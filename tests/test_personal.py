@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedlab_kit import Experiment, train
+from fedlab_kit.deployment.evaluate import alone, pooled, side_by_side
 from fedlab_kit.federation.setup import task
-from fedlab_kit.personal import alone, pooled, side_by_side
 
 SITES = Experiment(
     dataset="blobs_at_sites", model="mlp", clients=3, clients_per_round=3, partition="site", rounds=3, lr=0.05

@@ -14,9 +14,9 @@ import pytest
 import fedlab_kit as fk
 from fedlab_kit.data import load
 from fedlab_kit.deployment.evaluate import evaluate, with_rates
-from fedlab_kit.deployment.fleet import choose, plan
 from fedlab_kit.deployment.registry import Registry
 from fedlab_kit.deployment.score import Model, main, odd_rows, probabilities
+from fedlab_kit.deployment.selection import choose, plan
 from fedlab_kit.files import StoreError
 
 NAMES = load("clinics").features

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -257,7 +258,7 @@ def test_what_cannot_be_told_is_trained_each_time_kept_aside_and_said(child, run
 def test_a_sweep_trains_what_cannot_be_told_once(monkeypatch):
     _unknowable()
     asked, train = [], runs.train
-    monkeypatch.setattr("fedlab_kit.training.train", lambda e, *rest: asked.append(e) or train(e, *rest))
+    monkeypatch.setattr(import_module("fedlab_kit.sweep"), "train", lambda e, *rest: asked.append(e) or train(e, *rest))
     with pytest.warns(UserWarning, match="not stored"):
         table = fk.sweep(SMALL.replace(model="mine", rounds=1), {"lr": [0.05, 0.1], "dtype": ["fp32", "int8"]})
     assert len(table) == 4 and len(asked) == 2 and table["accuracy"].notna().all()

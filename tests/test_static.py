@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fedlab_kit as fk
 from fedlab_kit.compression.quantize import grid_codes
 from fedlab_kit.data import Preprocess
-from fedlab_kit.deployment import convert, export, measure, static
+from fedlab_kit.deployment import convert, measure, onnx_export, static
 from fedlab_kit.deployment.artifact import slug
 
 METHODS = ("minmax", "percentile", "entropy")
@@ -112,7 +112,7 @@ def exported(model: nn.Module, x: Tensor, preprocess: Preprocess | None = None) 
     model.train()
     with torch.no_grad():
         model(x[:32])  # statistics of BatchNorm
-    return export.export(model.eval(), preprocess or Preprocess(0.0, 1.0), x[:8])
+    return onnx_export.export(model.eval(), preprocess or Preprocess(0.0, 1.0), x[:8])
 
 
 def logits(graph: Any, x: Tensor, optimize: bool = True) -> np.ndarray:
@@ -162,7 +162,7 @@ def test_weights_are_the_codes_of_the_grid(name: str, layers: int) -> None:
 @pytest.mark.parametrize("preprocess", [Preprocess(0.0, 1.0), Preprocess(0.5, 2.0)])
 def test_an_input_that_is_a_layers_own_is_measured_too(preprocess: Preprocess) -> None:
     model, x = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(40, 10)
-    graph = export.export(model.eval(), preprocess, x[:8])
+    graph = onnx_export.export(model.eval(), preprocess, x[:8])
     quantized = static.quantize(graph, static.calibrate(graph, [x]))
     assert {w.dtype for w in measure.stored_weights(quantized).values()} == {np.dtype(np.int8)}
     assert off(quantized, graph, x) < 0.15
@@ -188,7 +188,7 @@ def test_dead_layers_keep_the_bias_behind_them(method: Any) -> None:
 
 def test_what_has_no_finite_range_stays_float() -> None:
     model, x = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(40, 10)
-    graph = export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
+    graph = onnx_export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
     ranges = static.calibrate(graph, [x])
     first = next(iter(ranges))
     for broken in (
@@ -219,7 +219,7 @@ def test_limits_that_leave_zero_out_still_hold(ends: tuple[float, float]) -> Non
 def test_a_product_with_factors_keeps_them() -> None:
     model, x = nn.Linear(10, 3), torch.randn(40, 10, generator=torch.Generator().manual_seed(1))
     nn.init.constant_(model.bias, 3.0)
-    graph = export.export(model.eval(), Preprocess(0.5, 2.0), x[:8])
+    graph = onnx_export.export(model.eval(), Preprocess(0.5, 2.0), x[:8])
     [gemm] = [node for node in graph.graph.node if node.op_type == "Gemm"]
     [beta] = [item for item in gemm.attribute if item.name == "beta"]
     beta.f = 0.5
@@ -303,7 +303,7 @@ def test_clients_together_are_one_client_with_all_samples(method: Any, sizes: li
 def test_histograms_add_up_to_numpys() -> None:
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(3))
     model, preprocess = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), Preprocess(0.5, 2.0)
-    graph = export.export(model.eval(), preprocess, x)
+    graph = onnx_export.export(model.eval(), preprocess, x)
     ranges = static.client_ranges(graph, x)
     first = next(iter(ranges))
     parts = [static.client_histograms(graph, part, ranges) for part in x.split([7, 43])]
@@ -372,7 +372,7 @@ def test_one_wild_value_ruins_extremes_alone() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(x[:200]), y[:200]).backward()
         optimizer.step()
-    graph = export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
+    graph = onnx_export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
 
     def right(clients: list[Tensor], method: Any) -> float:
         quantized = static.quantize(graph, static.calibrate(graph, clients, method))
@@ -393,7 +393,7 @@ def test_a_layer_that_is_nearly_always_zero_keeps_its_range() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with torch.no_grad():
         model[0].weight.zero_(), model[0].bias.fill_(-1), model[0].weight[0, 0].fill_(1), model[0].bias[0].fill_(-2.5)
-    graph = export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
+    graph = onnx_export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
     assert (model[0](x) > 0).float().mean() < 0.002
     extremes = static.calibrate(graph, [x])
     hidden = list(extremes)[-1]

@@ -3,6 +3,7 @@
 import os
 import re
 import threading
+from importlib import import_module
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedlab_kit as fk
-from fedlab_kit import runs, training
+from fedlab_kit import runs
 from fedlab_kit.deployment import artifact, measure
 from fedlab_kit.deployment.artifact import load
-from fedlab_kit.deployment.fleet import choose, front
+from fedlab_kit.deployment.selection import choose, front, front_share
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.compressor import Compressor
 from fedlab_kit.lab.marks import Marks
@@ -22,6 +23,8 @@ from fedlab_kit.lab.points import Points
 from fedlab_kit.runs import find, history
 from fedlab_kit.store import when_and_where
 from fedlab_kit.sweep import pareto, spread, sweep
+
+sweeping = import_module("fedlab_kit.sweep")  # the package's attribute of that name is the function
 
 SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=2, lr=0.05)
 
@@ -78,12 +81,12 @@ TINY = fk.Experiment(model="logistic", rounds=1, clients=4, clients_per_round=2)
 @pytest.fixture
 def impatient(monkeypatch):
     """A second process is started with the first round."""
-    monkeypatch.setattr(training, "PATIENCE", 0.0)
-    monkeypatch.setattr(training.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(sweeping, "PATIENCE", 0.0)
+    monkeypatch.setattr(sweeping.os, "cpu_count", lambda: 2)
 
 
 def test_a_second_process_trains_what_it_is_given_and_counts(runs_folder, impatient):
-    second = training.SecondProcess([TINY, TINY.replace(seed=1)])
+    second = sweeping.SecondProcess([TINY, TINY.replace(seed=1)])
     second.start_if_it_pays()
     second.start_if_it_pays()
     assert second._process.wait(60) == 0
@@ -93,7 +96,7 @@ def test_a_second_process_trains_what_it_is_given_and_counts(runs_folder, impati
 
 
 def test_a_second_process_ends_when_its_parent_says_so(runs_folder, impatient):
-    second = training.SecondProcess([TINY.replace(rounds=100_000)])
+    second = sweeping.SecondProcess([TINY.replace(rounds=100_000)])
     second.start_if_it_pays()
     second.end()
     assert second._process.poll() is not None and second.done == 0
@@ -108,7 +111,7 @@ def test_both_processes_together_train_everything_once(runs_folder, impatient):
 
 
 def test_what_only_this_process_knows_is_trained_here(impatient):
-    second = training.SecondProcess([SMALL])
+    second = sweeping.SecondProcess([SMALL])
     second.start_if_it_pays()
     assert second._process is None
     second.end()
@@ -116,7 +119,7 @@ def test_what_only_this_process_knows_is_trained_here(impatient):
 
 def test_an_interrupted_sweep_ends_the_second_process_and_goes_on_later(runs_folder, impatient, monkeypatch):
     ended = []
-    monkeypatch.setattr(training.SecondProcess, "end", lambda second: ended.append(second))
+    monkeypatch.setattr(sweeping.SecondProcess, "end", lambda second: ended.append(second))
 
     def interrupt(done, of, words):
         raise KeyboardInterrupt
@@ -336,6 +339,27 @@ def test_choose_takes_the_best_within_the_budget_and_the_smaller_of_equals():
     assert choose(TABLE, bytes=100)["bytes"] == 30
     assert choose(TABLE, bytes=20)["accuracy"] == 0.9
     assert choose(TABLE, accuracy=0.92, latency_ms=0.25)["bytes"] == 30
+
+
+def test_a_budget_on_what_got_lost_means_the_end_of_its_interval():
+    table = pd.DataFrame({"accuracy": [0.9, 0.8], "bytes": [1, 1], "lost": [0.5, 0.9], "lost_high": [2.0, 1.0]})
+    assert choose(table, lost=1)["accuracy"] == 0.8
+    with pytest.raises(ValueError, match=r"no point has lost_high at most 0\.9; the nearest has 1"):
+        choose(table, lost=0.9)
+
+
+def test_a_point_that_is_better_by_luck_is_on_the_front_as_often_as_the_luck_comes_again():
+    right = np.ones(200, bool)
+    worse, lucky, other = right.copy(), right.copy(), right.copy()
+    worse[:100], lucky[:9], other[5:15] = False, False, False  # nine wrong answers against ten, five of them together
+    shares = front_share([1, 2, 3, 4], [worse, lucky, other, None])
+    rng = np.random.default_rng(1)  # the dearer one comes back where more of the other's own mistakes are drawn again
+    again = rng.multinomial(200, [4 / 200, 5 / 200, 191 / 200], size=200_000)
+    higher = (again[:, 0] * 1 > again[:, 1]).mean()  # lucky errs alone on 4 samples + 0, other alone on 5
+    assert shares[0] == 1.0 and shares[3] == 0.0
+    assert shares[1] == 1.0
+    assert shares[2] == pytest.approx(higher, abs=0.06) and 0.2 < higher < 0.5
+    assert front_share([2, 1], [right, right]) == [0.0, 1.0] and front_share([1, 1], [right, right]) == [1.0, 1.0]
 
 
 def test_choose_says_what_is_missing():

@@ -8,7 +8,7 @@ import pytest
 
 import fedlab_kit as fk
 from fedlab_kit.data import load
-from fedlab_kit.deployment.stream import Stream, draw
+from fedlab_kit.deployment.monitor import Stream, draw
 from fedlab_kit.lab.looks import alarm_table, describe_distances, describe_power, distances, power
 from fedlab_kit.lab.watch import TEXT, Watch
 

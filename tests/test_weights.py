@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedlab_kit.compression.quantize import grid_codes, parameter_dtypes, quantized
 from fedlab_kit.data import Preprocess
 from fedlab_kit.deployment import convert, measure
-from fedlab_kit.deployment.export import export
+from fedlab_kit.deployment.onnx_export import export
 
 PREPROCESS = Preprocess(0.1, 1.1)
 NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.compression.quantize import DTYPES, bfloat16, grid_codes, quantized, weight_dtypes
-from fedlab_kit.deployment.export import clean
 from fedlab_kit.deployment.measure import WEIGHT_INPUTS
+from fedlab_kit.deployment.onnx_export import clean
 from fedlab_kit.deployment.static import Ranges, quantize
 
 # tells onnxruntime's quantizers that shapes are there already, and that there is nothing to say about it

@@ -23,7 +23,7 @@ from flwr.simulation import run_simulation
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.run import Run
-from fedlab_kit.runs import train
+from fedlab_kit.runs import execute
 from fedlab_kit.scale.client import client
 from fedlab_kit.scale.exchange import GridExchange
 from fedlab_kit.scale.settings import line, modules_of, read
@@ -40,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     patience, modules = float(settings.pop("patience")), str(settings.pop("modules")).split()
     for module in modules:
         import_module(module)
-    train(
+    execute(
         read(settings),
         progress=lambda record: print(line(record), flush=True),
         exchange=GridExchange(grid, patience, modules),
@@ -53,7 +53,7 @@ def simulate(
     progress: Callable[[RoundRecord], None] | None = None,
     store: Path | None = None,
 ) -> Run:
-    """Do `fedlab_kit.runs.train` with every client as a virtual node of Flower's simulation on Ray.
+    """Do `fedlab_kit.runs.execute` with every client as a virtual node of Flower's simulation on Ray.
 
     Ray starts one worker per core and is gone when this returns. Raises ValueError when the experiment uses a model,
     data set or codec that is defined in a notebook: workers import what they need from files.
@@ -65,7 +65,7 @@ def simulate(
     @app.main()
     def _(grid: Grid, context: Context) -> None:
         exchange = GridExchange(grid, patience=3600.0, modules=modules)
-        outcome.append(train(experiment, ended, progress, store, exchange))
+        outcome.append(execute(experiment, ended, progress, store, exchange))
 
     # Flower prefers `flwr run`, which leaves a server behind; this starts nothing that outlives the call.
     with _ray():

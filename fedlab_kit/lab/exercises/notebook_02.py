@@ -10,7 +10,7 @@ from torch import Tensor
 from fedlab_kit.compression.prune import prune
 from fedlab_kit.data import load
 from fedlab_kit.deployment.convert import convert
-from fedlab_kit.deployment.export import export
+from fedlab_kit.deployment.onnx_export import export
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.setup import task
 from fedlab_kit.lab.exercises import Hint, call, exercise, number

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fedlab_kit.clinic import Moments
 from fedlab_kit.lab.exercises import Hint, call, exercise, number
+from fedlab_kit.site_tables import Moments
 from fedlab_kit.wire.frame import HEADER
 
 TABLES = ([50.0, 60.0, 70.0, 60.0], [80.0, 90.0])  # one feature at two hospitals of 07-1

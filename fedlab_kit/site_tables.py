@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fedlab_kit.catalog import dataset
 from fedlab_kit.data import SPLITS, Dataset, Preprocess, Split
-from fedlab_kit.download import DataError
+from fedlab_kit.download import DataError, Source, bundled, fetch
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
+
 
 FEWEST = 8
 """Patients that a hospital must have to be split in four."""
@@ -292,3 +294,120 @@ def _encode(numbers: DataFrame, schema: Schema) -> np.ndarray:
     plain = [numbers[c.name] for c in schema.columns if not c.kinds]
     kinds = [numbers[c.name] == kind for c in schema.columns for kind in c.kinds[1:]]
     return np.column_stack([column.to_numpy(np.float64) for column in (*plain, *kinds)])
+
+
+MEASURES = (
+    "radius", "texture", "perimeter", "area", "smoothness",
+    "compactness", "concavity", "concave points", "symmetry", "fractal dimension",
+)  # fmt: skip
+CELLS = tuple(f"{kind} {measure}" for kind in ("mean", "error of", "worst") for measure in MEASURES)
+READ = (*range(10), *range(20, 30))
+"""The features that a microscope reads off: the `mean` and the `worst` ones."""
+
+SPREADS = (
+    3.524, 4.301, 24.3, 351.9, 0.01406, 0.05281, 0.07972, 0.0388, 0.02741, 0.00706,
+    4.833, 6.146, 33.6, 569.4, 0.02283, 0.1573, 0.2086, 0.06573, 0.06187, 0.01806,
+)  # fmt: skip
+"""Standard deviations of those twenty over all 569 patients, in their own units."""
+
+WARDS = {
+    "university": (132, 108, 1.0, 0.0),
+    "city": (48, 112, 1.1, 0.0),
+    "county": (22, 87, 0.9, -0.25),
+    "rural": (10, 50, 1.1, 0.5),
+}
+"""Malignant and benign cases of each hospital, and how its microscope reads: gain, offset in standard deviations."""
+
+HEART = Source(
+    "heart_disease",
+    ("https://archive.ics.uci.edu/ml/machine-learning-databases/heart-disease/",),
+    {
+        "processed.cleveland.data": "2d91a8ff69cfd9616aa47b59d6f843db",
+        "processed.hungarian.data": "22e96bee155b5973568101c93b3705f6",
+        "processed.switzerland.data": "9a87f7577310b3917730d06ba9349e20",
+        "processed.va.data": "4249d03ca7711e84f4444768c9426170",
+    },
+)
+CLINICS = ("Cleveland", "Hungary", "Switzerland", "VA Long Beach")
+PATIENT = Schema(
+    columns=(
+        Column("age", 0, 120),
+        Column("sex", 0, 1),
+        Column("cp", 1, 4, kinds=(1, 2, 3, 4)),  # chest pain: typical, atypical, none of the heart, without symptoms
+        Column("trestbps", 0, 300),  # mm Hg at rest; 0 stands for not measured
+        Column("chol", 0, 800),  # mg/dl; 0 stands for not measured, which is the rule in Switzerland
+        Column("fbs", 0, 1),
+        Column("restecg", 0, 2, kinds=(0, 1, 2)),
+        Column("thalach", 0, 250),
+        Column("exang", 0, 1),
+        Column("oldpeak", -5, 10),
+    ),
+    label=Column("num", 0, 4),
+)
+HEADER = (*(column.name for column in PATIENT.columns), "slope", "ca", "thal", PATIENT.label.name)
+"""The columns of the published files, which name none."""
+
+
+@dataset
+def hospitals() -> Dataset:
+    """569 women whose breast tumour was examined under a microscope, dealt out to four hospitals that are not alike.
+
+    The patients are real, the hospitals are made up: see `WARDS` for how they differ. 30 features; offline, and
+    the same bytes on every machine.
+    """
+    return wards(seed=0)
+
+
+def wards(seed: int) -> Dataset:
+    """Return `hospitals` with another split: the same patients in the same hospitals, other ones held out."""
+    return assemble("hospitals", ("benign", "malignant"), CELLS, _wards(), (0.55, 0.15, 0.05), seed)
+
+
+@dataset
+def heart() -> Dataset:
+    """UCI Heart Disease (Janosi, Steinbrunn, Pfisterer and Detrano, 1988): 740 patients of four real hospitals.
+
+    Prepared as FLamby does (Ogier du Terrail et al. 2022): without the columns slope, ca and thal, which most hospitals
+    miss, without rows that lack a value, and 66 % of each hospital's patients to learn from (a few of them validate).
+    """
+    return clinics(seed=0, shares=(0.48, 0.15, 0.03))
+
+
+def clinics(seed: int, shares: tuple[float, float, float]) -> Dataset:
+    """Return `heart` with another split: `shares` of each hospital train, validate and are public, the rest tests.
+
+    Raises DataError when a file cannot be had or is damaged.
+    """
+    return assemble("heart", ("healthy", "disease"), PATIENT.features, heart_hospitals(), shares, seed)
+
+
+def heart_hospitals() -> list[Hospital]:
+    """Return the patients of `heart`, hospital by hospital, in the order of the files."""
+    import pandas
+
+    paths = [fetch(HEART, file) for file in HEART.md5]
+    tables = {
+        name: pandas.read_csv(path, header=None, names=HEADER, dtype=str, index_col=False)
+        for name, path in zip(CLINICS, paths, strict=True)
+    }
+    return admit_all(tables, PATIENT)
+
+
+def _wards() -> list[Hospital]:
+    """Deal the malignant and the benign cases out, and read them through each hospital's microscope."""
+    x, malignant = _bundled()
+    rng, given = np.random.default_rng(569), []
+    cases, controls = (rng.permutation(np.flatnonzero(malignant == kind)) for kind in (1, 0))
+    for name, (sick, healthy, gain, offset) in WARDS.items():
+        rows = np.concatenate([cases[:sick], controls[:healthy]])
+        cases, controls = cases[sick:], controls[healthy:]
+        read = x[rows]
+        read[:, READ] = gain * read[:, READ] + offset * np.array(SPREADS)
+        given.append(Hospital(name, read, malignant[rows]))
+    return given
+
+
+def _bundled() -> tuple[np.ndarray, np.ndarray]:
+    """Read features float64 [569, 30] and labels int64 [569], 1 for malignant."""
+    table = np.loadtxt(bundled("sklearn", "datasets/data/breast_cancer.csv"), delimiter=",", skiprows=1)
+    return table[:, :30], 1 - table[:, 30].astype(np.int64)
