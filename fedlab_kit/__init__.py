@@ -17,6 +17,7 @@ from fedlab_kit.lab.leaderboard import leaderboard
 from fedlab_kit.run import Run
 from fedlab_kit.runs import find, rounds
 from fedlab_kit.scale.engines import train
+from fedlab_kit.study import Study
 from fedlab_kit.sweep import sweep
 from fedlab_kit.wire import Codec, codec
 
@@ -34,6 +35,7 @@ __all__ = [
     "RoundRecord",
     "Run",
     "Split",
+    "Study",
     "check",
     "choose",
     "codec",

@@ -21,7 +21,7 @@ ORDER = [
     "deployment.export", "deployment.static", "deployment.convert", "deployment.score", "deployment.stranger",
     "deployment.subject", "deployment.artifact", "deployment.evaluate",
     "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor", "deployment.stream",
-    "deployment.maintain", "training", "sweep",
+    "deployment.maintain", "training", "sweep", "arms", "study",
     "lab.canvas", "lab.curve", "lab.clients", "lab.client_pictures", "lab.plots", "lab.marks",
     "lab.wording", "lab.session",
     "lab.points", "lab.compressor", "lab.follow", "lab.report", "lab.export", "lab.leaderboard", "lab.desk",
