@@ -78,7 +78,7 @@ class Study:
         if type(self.margin) not in (int, float) or not isfinite(self.margin):
             raise ValueError(f"margin must be a number, got {self.margin!r}")
         check_measure(self.measure)
-        self._settings(self._grid(judge))  # what does not go together is told before anything is trained
+        self._settings(self._grid((*seeds, *judge)))  # what does not go together is told before anything is trained
 
     @property
     def digest(self) -> str:
@@ -214,12 +214,14 @@ class Finding:
 
     def __repr__(self) -> str:
         study, failed = self.study, int((self.table["status"] != "finished").sum())
-        arms = [", ".join([n, *(f"{k}={v!r}" for k, v in self.chosen[n].items())]) for n in study.contrast]
+        settings = {n: ", ".join(f"{key}={value!r}" for key, value in self.chosen[n].items()) for n in study.contrast}
+        arms = " minus ".join(name + f" with {how}" * bool(how) for name, how in settings.items())
         measure = study.measure.__qualname__ if callable(study.measure) else study.measure
         return (
-            f"({arms[0]}) - ({arms[1]}): {measure} {self.difference:+.4g}, 95 % interval {self.low:+.4g} to "
-            f"{self.high:+.4g} (Student's t, mean over {len(study.judge)} seeds, paired); above {study.margin:g}: "
-            f"{self.verdict}" + f"; {failed} of {len(self.table)} runs failed" * bool(failed)
+            f"{arms}: {measure} {self.difference:+.4g}, 95 % interval {self.low:+.4g} to {self.high:+.4g} (Student's "
+            f"t, mean over {len(study.judge)} seeds, paired); above {study.margin:g}: {self.verdict}"
+            + f"; {failed} of {len(self.table)} runs failed"
+            * bool(failed)
         )
 
 

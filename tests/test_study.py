@@ -49,6 +49,7 @@ def test_the_plan_and_then_the_choice_are_on_disk_before_what_depends_on_them():
     assert finding.chosen == {"prox": {"lr": 0.1}, "plain": {"lr": 0.01}}
     assert json.loads((study.folder / "choice.json").read_text())["chosen"] == finding.chosen
     assert Study.load(study.folder / "plan.json") == study
+    assert repr(finding).startswith("prox with lr=0.1 minus plain with lr=0.01: accuracy ")
 
 
 def test_no_judging_run_exists_until_the_choice_is_written(runs_folder):
@@ -125,6 +126,8 @@ def test_the_interval_is_scipys_of_pairs_and_the_claim_is_held_against_the_margi
         study = Study(ARMS, judge=range(6), margin=margin, measure="loss")
         finding = study.run(outcomes=said(lambda e, _: values[e.strategy][e.seed]))
         assert (finding.low, finding.high) == pytest.approx(tuple(interval)) and finding.verdict == verdict
+    line = f"prox minus plain: loss {finding.difference:+.4g}, 95 % interval {finding.low:+.4g} to {finding.high:+.4g} "
+    assert repr(finding) == line + "(Student's t, mean over 6 seeds, paired); above 0.9: not supported"
     back = Study(ARMS, judge=range(6), contrast=("plain", "prox"), measure="loss")
     finding = back.run(outcomes=said(lambda e, _: values[e.strategy][e.seed]))
     assert (-finding.high, -finding.low) == pytest.approx(tuple(interval)) and finding.verdict == "not supported"
