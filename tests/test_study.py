@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from scipy import stats
 from torch import nn
-from worlds import blobs
 
 import fedlab_kit as fk
 from fedlab_kit.arms import seeded
@@ -153,7 +152,6 @@ def test_what_cannot_be_run_at_all_is_an_error_and_no_verdict():
         Study({"plain": SMALL, "typo": SMALL.replace(model="cnnn")}, judge=[1, 2]).run()
     with pytest.raises(ValueError, match=r"^arms must be such that they can be run, 'own' is not: normalization must"):
         Study({"plain": SMALL, "own": SMALL.replace(normalization="own")}, judge=[1, 2]).run()
-    fk.dataset("two")(lambda: blobs())
     with pytest.raises(ValueError, match=r"^measure must name a class of blobs \(a, b, c\), got 'd'$"):
         Study(ARMS, judge=[1, 2], measure="recall of d").run()
     with pytest.raises(ValueError, match=r"^measure must return a number, got 'good'$"):
