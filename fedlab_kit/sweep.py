@@ -223,7 +223,7 @@ def measure_point(
             raise what
         if run and run.status == "diverged":
             raise ValueError(run.note)
-        artifact = _known(what, recipe) or compress(what, recipe)
+        artifact = artifact_of(what, recipe)
     except Exception as error:  # whatever it was, the other points are worth their measurement
         why = f"{model} as {slug(recipe).replace('-', ' ')}: {complaint(error)}"
         return None, {**dict.fromkeys((*MEASURED, *ENDS), nan), **training, "path": None, "note": why}
@@ -232,13 +232,14 @@ def measure_point(
     return artifact, {**measured, **ends, **training, "path": artifact.path}
 
 
-def _known(what: Run | Subject, recipe: Recipe) -> Artifact | None:
-    """Return the artifact that was made before, if it is whole."""
+def artifact_of(what: Run | Subject, recipe: Recipe) -> Artifact:
+    """Return the artifact that was made before, if it is whole, else make it. Raises what `compress` raises."""
     try:
-        return recall(what, recipe)
+        known = recall(what, recipe)
     except StoreError as error:
         warnings.warn(f"{error}; it is made again", stacklevel=4)
-        return None
+        known = None
+    return known or compress(what, recipe)
 
 
 def _with_front(table: pandas.DataFrame) -> pandas.DataFrame:
@@ -285,7 +286,7 @@ def _points(
     if unknown := [name for name in grid if name not in allowed]:
         owners = "Experiment or Recipe" if known else "Recipe alone for a module of one's own"
         raise ValueError(f"grid must name fields of {owners}, got {unknown[0]!r}")
-    values_of = {name: _values(name, grid[name]) for name in sorted(grid, key=lambda name: name in after)}
+    values_of = {name: listed("grid", name, grid[name]) for name in sorted(grid, key=lambda name: name in after)}
     base = start if isinstance(start, Experiment) else subject_of(start, dataset=dataset)
     points: list[tuple[Experiment | Subject | Exception, Recipe, dict[str, Any]]] = []
     for combination in product(*values_of.values()):
@@ -299,10 +300,13 @@ def _points(
     return points
 
 
-def _values(name: str, given: Any) -> list[Any]:
-    """Return a field's values as a list, numbers of numpy's, as `np.linspace` gives, as Python's."""
+def listed(owner: str, name: str, given: Any) -> list[Any]:
+    """Return a field's values as a list, numbers of numpy's, as `np.linspace` gives, as Python's.
+
+    ValueError, on behalf of the `owner` argument, where they are no list or none.
+    """
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise ValueError(f"grid must give a list of values for {name}, got {given!r}")
+        raise ValueError(f"{owner} must give a list of values for {name}, got {given!r}")
     if not (values := [value.item() if hasattr(value, "item") else value for value in given]):
-        raise ValueError(f"grid must give at least one value for {name}, got none")
+        raise ValueError(f"{owner} must give at least one value for {name}, got none")
     return values
