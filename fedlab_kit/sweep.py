@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import lru_cache
 from itertools import product
 from math import nan
+from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,14 @@ from torch import nn
 
 from fedlab_kit import catalog
 from fedlab_kit.data import Dataset
-from fedlab_kit.deployment.artifact import Artifact, compress, recall, slug
+from fedlab_kit.deployment.artifact import Artifact, compress, load, recall, slug
 from fedlab_kit.deployment.selection import front_share, pareto
 from fedlab_kit.deployment.subject import Subject, subject_of
 from fedlab_kit.experiment import Clash, Experiment, Recipe, complaint
 from fedlab_kit.files import ROOT, StoreError
 from fedlab_kit.run import Run
 from fedlab_kit.runs import find, parts, train
+from fedlab_kit.statistics import FEWEST_SEEDS, crossed_loss
 
 if TYPE_CHECKING:
     import pandas
@@ -252,8 +254,10 @@ def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
 
     Points that differ in that column alone become one row: the mean of `accuracy`, of sizes, latency, traffic and
     seconds; `accuracy_sd`, the standard deviation; `low` and `high`, the smallest and the largest accuracy, which
-    plots draw as bars; `points`, how many there were; and `front` among the means. Points without an accuracy are left
-    out. Raises ValueError when the table was not swept over that column.
+    plots draw as bars; `points`, how many there were; and `front` among the means. `lost` has the 95 % interval
+    `lost_low` to `lost_high` over other seeds and other samples (`statistics.crossed_loss`), NaN below eight points:
+    fewer cannot say what holds for others. Points without an accuracy are left out. Raises ValueError when the table
+    was not swept over that column.
     """
     if over not in table.columns:
         raise ValueError(f"over must be a column of the table ({', '.join(table.columns)}), got {over!r}")
@@ -261,6 +265,7 @@ def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
     kept = [name for name in table.columns if name not in made]
     averaged = {name: (name, "mean") for name in ("lost", "bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")}
     grouped = table.dropna(subset="accuracy").assign(_all=0).groupby([*kept, "_all"], sort=False, dropna=False)
+    seeds = [_lost_over(paths) for _, paths in grouped["path"]]
     means = grouped.agg(
         accuracy=("accuracy", "mean"),
         accuracy_sd=("accuracy", "std"),
@@ -269,7 +274,19 @@ def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
         points=("accuracy", "size"),
         **averaged,
     )
+    means["lost_low"], means["lost_high"] = zip(*seeds, strict=True) if seeds else ((), ())
     return _with_front(means.reset_index().drop(columns="_all"))
+
+
+def _lost_over(paths: Iterable[Path]) -> tuple[float, float]:
+    """Return the interval of what got lost, in points, over seeds and samples; the files are one for each seed."""
+    if len(files := list(paths)) < FEWEST_SEEDS:
+        return nan, nan
+    found = [load(path) for path in files]
+    truth = found[0].dataset.filled("validation").y.numpy()
+    before, after = (np.stack([getattr(one, whose) == truth for one in found]) for whose in ("baseline", "answers"))
+    _, low, high = crossed_loss(before, after)
+    return 100 * low, 100 * high
 
 
 def _points(
