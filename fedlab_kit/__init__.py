@@ -18,6 +18,7 @@ from fedlab_kit.lab.leaderboard import leaderboard
 from fedlab_kit.own_data import from_csv, from_folder, from_npz
 from fedlab_kit.run import Run
 from fedlab_kit.runs import find, rounds, train
+from fedlab_kit.study import Study
 from fedlab_kit.sweep import sweep
 from fedlab_kit.wire import Codec, codec
 
@@ -35,6 +36,7 @@ __all__ = [
     "RoundRecord",
     "Run",
     "Split",
+    "Study",
     "check",
     "choose",
     "codec",

@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import lru_cache
 from itertools import product
 from math import nan
+from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,14 @@ from torch import nn
 
 from fedlab_kit import catalog
 from fedlab_kit.data import Dataset
-from fedlab_kit.deployment.artifact import Artifact, compress, recall, slug
+from fedlab_kit.deployment.artifact import Artifact, compress, load, recall, slug
 from fedlab_kit.deployment.selection import front_share, pareto
 from fedlab_kit.deployment.subject import Subject, subject_of
 from fedlab_kit.experiment import Clash, Experiment, Recipe, complaint
 from fedlab_kit.files import ROOT, StoreError
 from fedlab_kit.run import Run
 from fedlab_kit.runs import find, parts, train
+from fedlab_kit.statistics import FEWEST_SEEDS, crossed_loss
 
 if TYPE_CHECKING:
     import pandas
@@ -223,7 +225,7 @@ def measure_point(
             raise what
         if run and run.status == "diverged":
             raise ValueError(run.note)
-        artifact = _known(what, recipe) or compress(what, recipe)
+        artifact = artifact_of(what, recipe)
     except Exception as error:  # whatever it was, the other points are worth their measurement
         why = f"{model} as {slug(recipe).replace('-', ' ')}: {complaint(error)}"
         return None, {**dict.fromkeys((*MEASURED, *ENDS), nan), **training, "path": None, "note": why}
@@ -232,13 +234,14 @@ def measure_point(
     return artifact, {**measured, **ends, **training, "path": artifact.path}
 
 
-def _known(what: Run | Subject, recipe: Recipe) -> Artifact | None:
-    """Return the artifact that was made before, if it is whole."""
+def artifact_of(what: Run | Subject, recipe: Recipe) -> Artifact:
+    """Return the artifact that was made before, if it is whole, else make it. Raises what `compress` raises."""
     try:
-        return recall(what, recipe)
+        known = recall(what, recipe)
     except StoreError as error:
         warnings.warn(f"{error}; it is made again", stacklevel=4)
-        return None
+        known = None
+    return known or compress(what, recipe)
 
 
 def _with_front(table: pandas.DataFrame) -> pandas.DataFrame:
@@ -251,8 +254,10 @@ def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
 
     Points that differ in that column alone become one row: the mean of `accuracy`, of sizes, latency, traffic and
     seconds; `accuracy_sd`, the standard deviation; `low` and `high`, the smallest and the largest accuracy, which
-    plots draw as bars; `points`, how many there were; and `front` among the means. Points without an accuracy are left
-    out. Raises ValueError when the table was not swept over that column.
+    plots draw as bars; `points`, how many there were; and `front` among the means. `lost` has the 95 % interval
+    `lost_low` to `lost_high` over other seeds and other samples (`statistics.crossed_loss`), NaN below eight points:
+    fewer cannot say what holds for others. Points without an accuracy are left out. Raises ValueError when the table
+    was not swept over that column.
     """
     if over not in table.columns:
         raise ValueError(f"over must be a column of the table ({', '.join(table.columns)}), got {over!r}")
@@ -260,6 +265,7 @@ def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
     kept = [name for name in table.columns if name not in made]
     averaged = {name: (name, "mean") for name in ("lost", "bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")}
     grouped = table.dropna(subset="accuracy").assign(_all=0).groupby([*kept, "_all"], sort=False, dropna=False)
+    seeds = [_lost_over(paths) for _, paths in grouped["path"]]
     means = grouped.agg(
         accuracy=("accuracy", "mean"),
         accuracy_sd=("accuracy", "std"),
@@ -268,7 +274,19 @@ def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
         points=("accuracy", "size"),
         **averaged,
     )
+    means["lost_low"], means["lost_high"] = zip(*seeds, strict=True) if seeds else ((), ())
     return _with_front(means.reset_index().drop(columns="_all"))
+
+
+def _lost_over(paths: Iterable[Path]) -> tuple[float, float]:
+    """Return the interval of what got lost, in points, over seeds and samples; the files are one for each seed."""
+    if len(files := list(paths)) < FEWEST_SEEDS:
+        return nan, nan
+    found = [load(path) for path in files]
+    truth = found[0].dataset.filled("validation").y.numpy()
+    before, after = (np.stack([getattr(one, whose) == truth for one in found]) for whose in ("baseline", "answers"))
+    _, low, high = crossed_loss(before, after)
+    return 100 * low, 100 * high
 
 
 def _points(
@@ -285,7 +303,7 @@ def _points(
     if unknown := [name for name in grid if name not in allowed]:
         owners = "Experiment or Recipe" if known else "Recipe alone for a module of one's own"
         raise ValueError(f"grid must name fields of {owners}, got {unknown[0]!r}")
-    values_of = {name: _values(name, grid[name]) for name in sorted(grid, key=lambda name: name in after)}
+    values_of = {name: listed("grid", name, grid[name]) for name in sorted(grid, key=lambda name: name in after)}
     base = start if isinstance(start, Experiment) else subject_of(start, dataset=dataset)
     points: list[tuple[Experiment | Subject | Exception, Recipe, dict[str, Any]]] = []
     for combination in product(*values_of.values()):
@@ -299,10 +317,13 @@ def _points(
     return points
 
 
-def _values(name: str, given: Any) -> list[Any]:
-    """Return a field's values as a list, numbers of numpy's, as `np.linspace` gives, as Python's."""
+def listed(owner: str, name: str, given: Any) -> list[Any]:
+    """Return a field's values as a list, numbers of numpy's, as `np.linspace` gives, as Python's.
+
+    ValueError, on behalf of the `owner` argument, where they are no list or none.
+    """
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise ValueError(f"grid must give a list of values for {name}, got {given!r}")
+        raise ValueError(f"{owner} must give a list of values for {name}, got {given!r}")
     if not (values := [value.item() if hasattr(value, "item") else value for value in given]):
-        raise ValueError(f"grid must give at least one value for {name}, got none")
+        raise ValueError(f"{owner} must give at least one value for {name}, got none")
     return values

@@ -21,6 +21,7 @@ from fedlab_kit.lab.compressor import Compressor
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.points import Points
 from fedlab_kit.runs import find, history
+from fedlab_kit.statistics import crossed_loss
 from fedlab_kit.store import when_and_where
 from fedlab_kit.sweep import pareto, spread, sweep
 
@@ -306,6 +307,22 @@ def test_spread_over_seeds():
     assert together["front"].any()
     with pytest.raises(ValueError, match="over must be a column"):
         spread(table, over="alpha")
+
+
+def test_what_a_method_loses_has_an_interval_over_eight_seeds_and_their_samples():
+    table = sweep(SMALL.replace(rounds=2), {"seed": range(1, 9), "dtype": ["int2"]})
+    [method] = spread(table).to_dict("records")
+    before, after = [], []
+    for seed in range(1, 9):
+        run = fk.train(SMALL.replace(rounds=2, seed=seed))
+        truth = run.dataset.validation.y.numpy()
+        for dtype, rows in (("fp32", before), ("int2", after)):
+            rows.append(fk.compress(run, fk.Recipe(dtype=dtype)).predict(run.dataset.validation.x).argmax(1) == truth)
+    share, low, high = crossed_loss(np.stack(before), np.stack(after))
+    expected = [100 * share, 100 * low, 100 * high]
+    assert [method[name] for name in ("lost", "lost_low", "lost_high")] == pytest.approx(expected)
+    few = spread(table[table["seed"] < 8])
+    assert few["lost_low"].isna().all() and few["points"].tolist() == [7]
 
 
 def test_spread_of_seeds_alone_and_of_settings_that_may_be_none():

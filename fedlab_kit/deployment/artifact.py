@@ -81,7 +81,12 @@ class Artifact:
     @property
     def answers(self) -> np.ndarray:
         """The class that the file gave each sample it was measured on, int64 [n], as its card keeps them."""
-        return np.frombuffer(zlib.decompress(b64decode(self.card["answers"])), "<u4").astype(np.int64)
+        return _unpacked(self.card["answers"])
+
+    @property
+    def baseline(self) -> np.ndarray:
+        """The classes that the fp32 file of the same model gave the same samples, int64 [n]."""
+        return _unpacked(self.card["baseline"])
 
     @cached_property
     def dataset(self) -> data.Dataset:
@@ -188,24 +193,26 @@ def _compress(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Ar
         write_bytes(_beside(path)[1], squeezed, listed=False)
         session = measure.open_session(path)
         classes = measure.answers(session, subject.held)
-        before, after = (sum(p.numel() for p in m.parameters()) for m in (subject.model, model))
+        before = _baseline(subject, recipe, classes, folder)
+        whole, left = (sum(p.numel() for p in m.parameters()) for m in (subject.model, model))
         card = {
             **subject.facts,
             **_about(subject, recipe),
             **_made_by(),
             "runtime": {"onnxruntime": f">={measure.oldest_runtime(converted)}"},
             "zstd_level": level,
-            "parameters_before": before,
+            "parameters_before": whole,
             "digest": hashlib.sha256(content).hexdigest(),
             "answers": _packed(classes),
+            "baseline": _packed(before),
             "measured": {
                 "bytes": path.stat().st_size,
                 "zstd_bytes": _beside(path)[1].stat().st_size,
                 **_accuracy(classes, subject.held),
-                **_lost(subject, recipe, classes, folder),
+                **_lost(before, classes, subject.held),
                 **_speed(session, subject.held),
                 "sparsity": measure.sparsity(converted),
-                "parameters": after,
+                "parameters": left,
                 "flops": flops(model, sample),
                 "note": "; ".join(filter(None, [pruning, _note(recipe, converted), _unseen(recipe, model, converted)])),
             },
@@ -242,7 +249,7 @@ def check_card(card: dict[str, Any]) -> None:
         most,
         *(measured[one.name] for one in fields(Artifact) if one.type in ("int", "float")),
     ]
-    words = [card["when"], card["machine"], card["digest"], card["answers"], measured["note"]]
+    words = [card["when"], card["machine"], card["digest"], card["answers"], card["baseline"], measured["note"]]
     if not all(is_number(number) for number in numbers):
         raise TypeError(f"numbers are expected, got {numbers!r:.200}")
     if not all(isinstance(word, str) for word in words):
@@ -348,31 +355,39 @@ def _accuracy(classes: np.ndarray, held: data.Split) -> dict[str, Any]:
     return {"accuracy": hits / len(held), "interval": list(wilson(hits, len(held)))}
 
 
-def _lost(subject: Subject, recipe: Recipe, classes: np.ndarray, folder: Path | str | None) -> dict[str, Any]:
-    """What a file lost beside the fp32 file of the same model, which is made first where it is not there."""
-    if _effect(recipe) == _effect(Recipe()):
-        subject.memo["classes"] = classes
-    elif "classes" not in subject.memo:
-        subject.memo["classes"] = _baseline(subject, folder)
-    before, truth = subject.memo["classes"], subject.held.y.numpy()
-    share, low, high, _ = paired_loss(before == truth, classes == truth)
-    changed = int((before != classes).sum())
+def _lost(before: np.ndarray, after: np.ndarray, held: data.Split) -> dict[str, Any]:
+    truth, changed = held.y.numpy(), int((before != after).sum())
+    share, low, high, _ = paired_loss(before == truth, after == truth)
     return {"lost": 100 * share, "lost_interval": [100 * low, 100 * high], "changed": changed}
 
 
-def _baseline(subject: Subject, folder: Path | str | None) -> np.ndarray:
-    """Return the answers of the subject's own fp32 file; in memory alone where files go elsewhere than to its home."""
-    with suppress(StoreError):
-        found = recall(subject, Recipe()) or (None if folder else _compress(subject, Recipe(), None))
-        if found:
-            return found.answers
-    graph = _converted(subject, Recipe(), subject.model)
-    return measure.answers(measure.open_session(graph.SerializeToString()), subject.held)
+def _baseline(subject: Subject, recipe: Recipe, answers: np.ndarray, folder: Path | str | None) -> np.ndarray:
+    """Return what the fp32 file of the same model answers, which is made first where it is not there.
+
+    In memory alone where files go elsewhere than to the subject's home, or where that takes none.
+    """
+    if _effect(recipe) == _effect(Recipe()):
+        return answers
+    if "baseline" not in subject.memo:
+        found = None
+        with suppress(StoreError):
+            found = recall(subject, Recipe()) or (None if folder else _compress(subject, Recipe(), None))
+        if found is None:
+            graph = _converted(subject, Recipe(), subject.model)
+            subject.memo["baseline"] = measure.answers(measure.open_session(graph.SerializeToString()), subject.held)
+        else:
+            subject.memo["baseline"] = found.answers
+    known: np.ndarray = subject.memo["baseline"]
+    return known
 
 
 def _packed(classes: np.ndarray) -> str:
     """Answers as the card keeps them: uint32, deflated, in base64."""
     return b64encode(zlib.compress(classes.astype("<u4").tobytes(), 9)).decode()
+
+
+def _unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(b64decode(text)), "<u4").astype(np.int64)
 
 
 def _speed(session: Any, held: data.Split) -> dict[str, Any]:

@@ -21,13 +21,14 @@ from fedlab_kit.federation.masking import first_mask
 from fedlab_kit.federation.messages import Broadcast, open_payload, pack_broadcast
 from fedlab_kit.federation.setup import task
 from fedlab_kit.runs import parents_of, train
-from fedlab_kit.statistics import auc_interval, mean_interval, paired_loss, wilson
+from fedlab_kit.statistics import auc_interval, holm, mean_interval, paired_loss, wilson
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
 LEAST = 5  # patients of a class, below which an estimate would be a guess
+LEVEL = 0.05
 MARGIN = 0.05  # share of patients whose loss nobody would accept
 METRICS = ("accuracy", "auc", "sensitivity", "specificity", "brier", "calibration")
 COSTS = ("latency_ms", "bytes", "zstd_bytes")
@@ -91,9 +92,10 @@ def compare(
     """Return, for each artifact and site, what its patients lose against the baseline, patient by patient.
 
     `of` is "accuracy", "sensitivity" or "specificity". `loss` is a share of the patients that count, with its 95 %
-    interval `low` to `high`; `p` is McNemar's exact test against "nothing lost". `verdict`: "hurt" when p is at most
-    0.05 over the number of sites; else "unclear" when the interval reaches a loss of 5 points; else "fine"; "not
-    estimable" below five patients. A good row for all patients excuses no hospital. Raises ValueError for another `of`.
+    interval `low` to `high`; `p` is McNemar's exact test against "nothing lost". `verdict`: "hurt" when p, by Holm's
+    correction over all artifacts and sites (over the artifacts for all patients together), is at most 0.05; else
+    "unclear" when the interval reaches a loss of 5 points; else "fine"; "not estimable" below five patients. A good row
+    for all patients excuses no hospital. Raises ValueError for another `of`.
     """
     import pandas
 
@@ -108,8 +110,11 @@ def compare(
         after = artifact.predict(part.x).argmax(1) == y
         for site, where in groups.items():
             pairs = before[where & counts], after[where & counts]
-            tests = 1 if site == EVERYONE else len(groups) - 1
-            rows.append({"artifact": name, "site": site, "of": of, **_loss(*pairs, level=0.05 / tests)})
+            rows.append({"artifact": name, "site": site, "of": of, **_loss(*pairs)})
+    for together in (True, False):
+        family = [row for row in rows if (row["site"] == EVERYONE) == together]
+        for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
+            row["verdict"] = _verdict(p, row["high"])
     return pandas.DataFrame(rows)
 
 
@@ -159,14 +164,17 @@ def _with_interval(name: str, value: float, interval: tuple[float, float]) -> di
     return {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
-def _loss(before: np.ndarray, after: np.ndarray, level: float) -> dict[str, Any]:
+def _loss(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     row: dict[str, Any] = {"patients": len(before), "worse": int((before & ~after).sum())}
     row["better"] = int((~before & after).sum())
-    if len(before) < LEAST:
-        return {**row, **dict.fromkeys(("loss", "low", "high", "p"), np.nan), "verdict": "not estimable"}
-    loss, low, high, p = paired_loss(before, after)
-    verdict = "hurt" if p <= level else "unclear" if high >= MARGIN else "fine"
-    return {**row, "loss": loss, "low": low, "high": high, "p": p, "verdict": verdict}
+    found = paired_loss(before, after) if len(before) >= LEAST else (np.nan,) * 4
+    return row | dict(zip(("loss", "low", "high", "p"), found, strict=True))
+
+
+def _verdict(p: float, high: float) -> str:
+    if np.isnan(p):
+        return "not estimable"
+    return "hurt" if p <= LEVEL else "unclear" if high >= MARGIN else "fine"
 
 
 Model = tuple[Tensor, Tensor]
