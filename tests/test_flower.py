@@ -24,9 +24,8 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlab_kit.scale.client import RECORD, client
-from fedlab_kit.scale.exchange import GridExchange
-from fedlab_kit.scale.settings import line, modules_of, read, write
+from fedlab_kit.scale.client import RECORD, client, line, modules_of, read, write
+from fedlab_kit.scale.flower import GridExchange
 
 SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=3, rounds=3, lr=0.05, batch_size=7)
 
