@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from threading import Event
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlab_kit.compression.distill import distillation_slope, hard_slope
+from fedlab_kit.compression.distill import distillation_gradient, hard_gradient
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation import messages, setup
 from fedlab_kit.federation.devices import width
@@ -28,6 +30,26 @@ class Stopped(Exception):
     """Raised between two batches when somebody asked to stop; the round leaves no trace."""
 
 
+_stop: ContextVar[Event | None] = ContextVar("stop", default=None)
+
+
+@contextmanager
+def stoppable(stop: Event | None) -> Iterator[None]:
+    """Have every `pause` inside the block look at `stop`, which nobody hands down."""
+    token = _stop.set(stop)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
+
+
+def pause(seconds: float = 0.0) -> None:
+    """Wait so long, or between two batches not at all; raise `Stopped` as soon as somebody asks the round to stop."""
+    stop = _stop.get() or Event()
+    if stop.wait(seconds) if seconds else stop.is_set():
+        raise Stopped
+
+
 def client_step(
     experiment: Experiment | Task, round: int, client_id: int, broadcast: bytes, client_state: ClientState
 ) -> tuple[bytes, ClientState]:
@@ -42,20 +64,16 @@ def client_step(
 
 
 def cohort_step(
-    experiment: Experiment | Task,
-    round: int,
-    broadcasts: Mapping[int, bytes],
-    states: States,
-    stop: Event | None = None,
+    experiment: Experiment | Task, round: int, broadcasts: Mapping[int, bytes], states: States
 ) -> tuple[dict[int, bytes], dict[int, ClientState]]:
-    """Do `client_step` for several clients at once; `stop` is looked at before every batch (raises `Stopped`)."""
+    """Do `client_step` for several clients at once; raises `Stopped` before the next batch if asked, see `pause`."""
     if not broadcasts:
         return {}, {}
     task = setup.task(experiment)
     ids = sorted(broadcasts, key=lambda client: (-task.samples(client), client))
     received = _open(task, ids, broadcasts, states)
     task.fill_soft(ids)
-    cohort = _cohort(task, round, ids, received, states, stop)
+    cohort = _cohort(task, round, ids, received, states)
     cohort.train()
     payloads, after = {}, {}
     for k, (client, got) in enumerate(zip(ids, received, strict=True)):
@@ -134,7 +152,6 @@ class Cohort:
     state: Tensor
     shift: Tensor | None
     mask: Tensor | None
-    stop: Event | None
 
     def train(self) -> None:
         """Train all: stacked, a few at a time, where the model is on the fast path, else one by one by autograd."""
@@ -161,7 +178,7 @@ class Cohort:
         task, e, stack = self.task, self.task.experiment, self.task.model.stack
         assert stack
         for step in range(len(self.plans[0])):
-            self._check_stop()
+            pause()
             rows = torch.from_numpy(np.stack([plan[step] for plan in self.plans if step < len(plan)])).to(e.device)
             valid, index = rows >= 0, rows.clamp(min=0)
             scale = (valid / valid.sum(1, keepdim=True))[..., None]
@@ -183,7 +200,7 @@ class Cohort:
         norms = [m for m in model.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         draws = self._begin()
         for batch in self.plans[0]:
-            self._check_stop()
+            pause()
             index = torch.from_numpy(batch[batch >= 0]).to(e.device)
             for norm in norms:  # a batch of one sample has no statistics of its own: BatchNorm uses the running ones
                 norm.train(len(index) > 1)
@@ -205,7 +222,7 @@ class Cohort:
         shard, rng = task.shards[self.ids[0]], rng_for(e, "private", self.round, self.ids[0])
         expected, draws = min(e.batch_size, len(shard)), self._begin()
         for _ in self.plans[0]:
-            self._check_stop()
+            pause()
             index = shard[poisson_sample(len(shard), expected / len(shard), rng)].to(e.device)
             correction = self._correction(self.weights)
             model.weights.copy_(weights)
@@ -225,17 +242,13 @@ class Cohort:
         rng = rng_for(self.task.experiment, "module", self.round, self.ids[0])
         return Draws(int(rng.integers(2**63)))
 
-    def _check_stop(self) -> None:
-        if self.stop is not None and self.stop.is_set():
-            raise Stopped
-
     def _loss_gradient(self, logits: Tensor, index: Tensor) -> Tensor:
         """Return each sample's gradient of the loss by its logits; both [..., classes], `index` [...] the samples."""
         task, labels = self.task, self.task.y[index]
         if task.soft is None:
-            return hard_slope(logits, labels)
+            return hard_gradient(logits, labels)
         e = task.experiment
-        return distillation_slope(logits, task.soft[index], labels, e.temperature, e.distill_weight)
+        return distillation_gradient(logits, task.soft[index], labels, e.temperature, e.distill_weight)
 
     def _correction(self, weights: Tensor) -> Tensor | None:
         """Return what the strategy adds to the gradients of the first clients, now at `weights` [rows, P]."""
@@ -250,9 +263,7 @@ class Cohort:
             weights.mul_(self.mask if self.mask.ndim == 1 else self.mask[: len(weights)])
 
 
-def _cohort(
-    task: Task, round: int, ids: list[int], received: list[Broadcast], states: States, stop: Event | None
-) -> Cohort:
+def _cohort(task: Task, round: int, ids: list[int], received: list[Broadcast], states: States) -> Cohort:
     """Return the cohort as it begins to train, from what each client received and kept."""
     e, first, shift, mask = task.experiment, received[0].weights, None, received[0].mask
     if all(got.weights is first for got in received):
@@ -266,4 +277,4 @@ def _cohort(
         mask = torch.stack([torch.ones_like(first) if got.mask is None else got.mask.float() for got in received])
     plans, state = [plan(task, round, client) for client in ids], torch.stack([got.state for got in received])
     weights = empty_aligned(start, *start.shape).copy_(start)
-    return Cohort(task, round, ids, plans, start, weights, state, shift, mask, stop)
+    return Cohort(task, round, ids, plans, start, weights, state, shift, mask)

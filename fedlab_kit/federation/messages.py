@@ -140,7 +140,7 @@ def open_broadcast(task: Task, client: int, message: bytes, memory: ClientState)
     if not message:
         raise PayloadError("an empty broadcast")
     contents, rest = message[0], message[1:]
-    mask = client_mask(task, client, memory.get("mask", first_mask(task)))
+    mask = client_mask(task, client, memory["mask"] if "mask" in memory else first_mask(task))
     if contents & MASK:
         bits, rest = unpack_first(rest, Bits(), size=size)
         mask = bits.bool()

@@ -15,10 +15,11 @@ from safetensors.torch import load, save
 
 from fedlab_kit import catalog
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation import setup
 from fedlab_kit.federation.client import client_step
 from fedlab_kit.federation.messages import ClientState
 from fedlab_kit.federation.server import RoundRecord, answering, select
-from fedlab_kit.federation.setup import Parents, Task, task
+from fedlab_kit.federation.setup import Parents, Task
 from fedlab_kit.runs import find, identify, parents_of, parts
 
 RECORD = "fedlab"  # the one record in every message, both ways
@@ -90,7 +91,7 @@ def answer(asked: Mapping[str, Any], shelf: RecordDict) -> dict[str, Any]:
     round, me = asked["round"], asked["client"]
     if me not in answering(experiment, round, select(experiment, round)):
         return {"dropped": True}
-    job = _task(experiment)
+    task = _task(experiment)
     try:
         name = f"{identify(experiment)}/{me}"
     except catalog.Unknowable:  # no store can keep it, but a shelf lasts for one run alone
@@ -99,7 +100,7 @@ def answer(asked: Mapping[str, Any], shelf: RecordDict) -> dict[str, Any]:
     if memory is None:
         return {"lost": asked["base"]}
     torch.set_num_threads(1)
-    payload, after = client_step(job, round, me, asked["broadcast"], memory)
+    payload, after = client_step(task, round, me, asked["broadcast"], memory)
     if after:
         _remember(shelf, name, asked["base"], round, after)
     return {"payload": payload, "keeps": bool(after)}
@@ -125,7 +126,7 @@ def _task(experiment: Experiment) -> Task:
     for parent in experiment.parents:
         if find(parent) is None:
             raise ValueError(f"the run that this experiment needs is not in this machine's store: {parent!r}")
-    return task(experiment, _parents(identify(experiment), experiment))
+    return setup.task(experiment, _parents(identify(experiment), experiment))
 
 
 @lru_cache(maxsize=8)

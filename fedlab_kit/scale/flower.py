@@ -22,8 +22,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.federation.client import Stopped
-from fedlab_kit.federation.messages import ClientState, open_broadcast, remember
+from fedlab_kit.federation.client import pause
+from fedlab_kit.federation.messages import ClientState
 from fedlab_kit.federation.rounds import Exchanged
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.federation.setup import Task
@@ -52,17 +52,12 @@ class GridExchange:
         self.online: set[int] = set()
 
     def __call__(
-        self,
-        job: Task,
-        round: int,
-        broadcasts: Mapping[int, bytes],
-        kept: Mapping[int, ClientState],
-        stop: Event | None,
+        self, task: Task, round: int, broadcasts: Mapping[int, bytes], kept: Mapping[int, ClientState]
     ) -> Exchanged:
         """Send the broadcasts, wait for the answers, and say what became of each. Raises Stopped."""
-        _pause(0, stop)
-        experiment = job.experiment
-        self._roll_call(experiment, stop)
+        pause()
+        experiment = task.experiment
+        self._roll_call(experiment)
         messages = {
             client: self._message(experiment, round, client, broadcast, kept[client])
             for client, broadcast in broadcasts.items()
@@ -71,12 +66,12 @@ class GridExchange:
         sent = set(self.grid.push_messages(list(messages.values()))) if messages else set()
         waiting = {m.metadata.message_id: client for client, m in messages.items() if m.metadata.message_id in sent}
         unreached = frozenset(broadcasts) - set(waiting.values())
-        replies = self._collect(waiting, stop)
-        result = Exchanged({}, {}, dict.fromkeys(unreached, "not connected"), unreached)
+        replies = self._collect(waiting)
+        lost = frozenset(client for client, fields in replies.items() if "lost" in fields)
+        result = Exchanged({}, {}, dict.fromkeys(unreached, "not connected"), unreached, lost)
         result.silent.update(dict.fromkeys(waiting.values(), f"no answer within {self.patience:g} s"))
         for sender, fields in replies.items():
-            if _enter(result, sender, fields):
-                result.kept[sender] = _known(job, round, sender, broadcasts[sender], kept[sender])
+            _enter(result, round, sender, fields)
         return result
 
     def _message(self, experiment: Experiment, round: int, client: int, broadcast: bytes, kept: ClientState) -> Message:
@@ -91,7 +86,7 @@ class GridExchange:
         content = RecordDict({RECORD: ConfigRecord(asked)})
         return Message(content, self.nodes[client], "train", ttl=2 * self.patience, group_id=str(round))
 
-    def _roll_call(self, experiment: Experiment, stop: Event | None) -> None:
+    def _roll_call(self, experiment: Experiment) -> None:
         """See who is connected; before the first round wait until everybody is, but not longer than `patience`."""
         end = time.monotonic() + (0 if self.nodes else self.patience)
         while True:
@@ -100,7 +95,7 @@ class GridExchange:
                 return
             if time.monotonic() >= end:
                 break
-            _pause(0.2, stop)
+            pause(0.2)
         if not self.nodes:
             raise ValueError(
                 f"clients must be at most the connected nodes ({len(self.online)}), got {experiment.clients}: "
@@ -118,7 +113,7 @@ class GridExchange:
         elif not self.nodes and len(online) >= clients:
             self.nodes = dict(enumerate(sorted(online)))
 
-    def _collect(self, waiting: dict[str, int], stop: Event | None) -> dict[int, Mapping[str, Any]]:
+    def _collect(self, waiting: dict[str, int]) -> dict[int, Mapping[str, Any]]:
         """Return the fields of the replies by client; who has not answered in time stays in `waiting`."""
         replies: dict[int, Mapping[str, Any]] = {}
         began = time.monotonic()
@@ -128,7 +123,7 @@ class GridExchange:
                 if client is not None:
                     replies[client] = _fields(reply)
             if waiting:
-                _pause(min(0.5, 0.01 + passed / 20), stop)  # asking costs the server, waiting costs the round
+                pause(min(0.5, 0.01 + passed / 20))  # asking costs the server, waiting costs the round
         return replies
 
 
@@ -139,36 +134,20 @@ def _fields(reply: Message) -> Mapping[str, Any]:
     return reply.content.config_records.get(RECORD, {})
 
 
-def _enter(result: Exchanged, client: int, fields: Mapping[str, Any]) -> bool:
-    """Put a reply into the result; return whether the client keeps something until the next round."""
+def _enter(result: Exchanged, round: int, client: int, fields: Mapping[str, Any]) -> None:
+    """Put a reply into the result, and where the client keeps something, since when."""
     if isinstance(fields.get("payload"), bytes):
         result.payloads[client] = fields["payload"]
-        return bool(fields.get("keeps"))
-    if "lost" in fields:
-        result.kept[client] = {"round": torch.tensor(0)}
+        if fields.get("keeps"):
+            result.kept[client] = {"round": torch.tensor(round)}
+    elif "lost" in fields:
         result.silent[client] = "it no longer has what it kept, and begins anew"
     elif "dropped" not in fields:
         result.silent[client] = _first_line(fields.get("error", "an answer without a payload"))
-    return False
 
 
 def _first_line(reason: object) -> str:
     return (str(reason).strip().splitlines() or ["an answer without a reason"])[0][:200]
-
-
-def _known(job: Task, round: int, client: int, broadcast: bytes, kept: ClientState) -> ClientState:
-    """Return what the server notes about a client that keeps something: since when, and what the model is for it."""
-    noted: ClientState = {"round": torch.tensor(round)}
-    if job.experiment.downlink == "fp32":
-        return noted
-    return remember(job, open_broadcast(job, client, broadcast, kept), noted)
-
-
-def _pause(seconds: float, stop: Event | None) -> None:
-    if stop is None:
-        time.sleep(seconds)
-    elif stop.wait(seconds):
-        raise Stopped
 
 
 @server.main()
