@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Event
 
 import numpy as np
@@ -67,39 +67,37 @@ def cohort_step(
     experiment: Experiment | Task, round: int, broadcasts: Mapping[int, bytes], states: States
 ) -> tuple[dict[int, bytes], dict[int, ClientState]]:
     """Do `client_step` for several clients at once; raises `Stopped` before the next batch if asked, see `pause`."""
-    if not broadcasts:
-        return {}, {}
     task = setup.task(experiment)
     ids = sorted(broadcasts, key=lambda client: (-task.samples(client), client))
-    received = _open(task, ids, broadcasts, states)
+    received, payloads, after = _open(task, broadcasts, states), {}, {}
     task.fill_soft(ids)
-    cohort = _cohort(task, round, ids, received, states)
-    cohort.train()
-    payloads, after = {}, {}
-    for k, (client, got) in enumerate(zip(ids, received, strict=True)):
-        trained, growth = cohort.weights[k], None
-        if got.mask is not None and grows(task.experiment, round):  # pruned weights grow back by their gradient
-            growth = dense_gradient(task, trained, cohort.state[k], client, got.mask)
-        change = trained.sub_(cohort.start[k])  # in place: these are the largest tensors of a round
-        update = ClientUpdate(task.samples(client), change, cohort.state[k], growth=growth)
-        update, memory = _finish(task, update, got, len(cohort.plans[k]), states[client])
-        payloads[client], after[client] = messages.pack_payload(task, round, client, update, got.mask, memory)
+    stack = task.model.stack if task.experiment.privacy != "record" else None
+    size = stack.stack_size if stack else 1
+    for first in range(0, len(ids), size):
+        cohort = _cohort(task, round, ids[first : first + size], received, states)
+        cohort.train()
+        for k, client in enumerate(cohort.ids):
+            trained, got, growth = cohort.weights[k], received[client], None
+            if got.mask is not None and grows(task.experiment, round):  # pruned weights grow back by their gradient
+                growth = dense_gradient(task, trained, cohort.state[k], client, got.mask)
+            change = trained.sub_(cohort.start[k])  # in place: these are the largest tensors of a round
+            update = ClientUpdate(task.samples(client), change, cohort.state[k], growth=growth)
+            update, memory = _finish(task, update, got, len(cohort.plans[k]), states[client])
+            payloads[client], after[client] = messages.pack_payload(task, round, client, update, got.mask, memory)
     task.model.check_constants()
     return payloads, after
 
 
-def _open(task: Task, ids: list[int], broadcasts: Mapping[int, bytes], states: States) -> list[Broadcast]:
+def _open(task: Task, broadcasts: Mapping[int, bytes], states: States) -> dict[int, Broadcast]:
     """Open the broadcasts; one that goes to several clients who hold no weights or mask is opened once."""
-    opened: dict[tuple[bytes, float], Broadcast] = {}
-    received = []
-    for client in ids:
-        message, memory = broadcasts[client], states[client]
-        if memory.keys() & {"copy", "mask", "own", "state"}:
-            received.append(messages.open_broadcast(task, client, message, memory))
-        else:
-            key = message, width(task, client)
-            opened[key] = opened.get(key) or messages.open_broadcast(task, client, message, {})
-            received.append(opened[key])
+    opened: dict[object, Broadcast] = {}
+    received = {}
+    for client, message in broadcasts.items():
+        held = states[client].keys() & {"copy", "mask", "own", "state"}
+        alike = client if held else (message, width(task, client))
+        if alike not in opened:
+            opened[alike] = messages.open_broadcast(task, client, message, states[client])
+        received[client] = opened[alike]
     return received
 
 
@@ -136,7 +134,7 @@ def plan(task: Task, round: int, client: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Clients in training, those with more samples first: row k of every [C, ...] is the client `ids[k]`.
+    """Clients that train together, as many as a stack takes, those with more samples first; row k is `ids[k]`.
 
     `plans` are their batches; `weights` [C, P] and `state` [C, S] are trained in place, `start` [C, P] is where they
     began, `shift` [C, P] what SCAFFOLD adds to the gradients (Karimireddy et al. 2020); `mask`, [P] or [C, P], marks
@@ -154,24 +152,13 @@ class Cohort:
     mask: Tensor | None
 
     def train(self) -> None:
-        """Train all: stacked, a few at a time, where the model is on the fast path, else one by one by autograd."""
-        stack, private = self.task.model.stack, self.task.experiment.privacy == "record"
-        size = stack.stack_size if stack and not private else 1
-        for first in range(0, len(self.ids), size):
-            part = self._rows(slice(first, first + size))
-            if private:
-                part._train_privately()
-            elif stack:
-                part._train_stacked()
-            else:
-                part._train_alone()
-
-    def _rows(self, rows: slice) -> Cohort:
-        """Return a part of the cohort, in the same memory."""
-        names = ["ids", "plans", "start", "weights", "state", *(["shift"] if self.shift is not None else [])]
-        if self.mask is not None and self.mask.ndim == 2:
-            names.append("mask")
-        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+        """Train all: stacked where the model is on the fast path, else the one that there is, by autograd."""
+        if self.task.experiment.privacy == "record":
+            self._train_privately()
+        elif self.task.model.stack:
+            self._train_stacked()
+        else:
+            self._train_alone()
 
     def _train_stacked(self) -> None:
         """Train a few clients at once; a client that has done its batches leaves the stack."""
@@ -263,18 +250,19 @@ class Cohort:
             weights.mul_(self.mask if self.mask.ndim == 1 else self.mask[: len(weights)])
 
 
-def _cohort(task: Task, round: int, ids: list[int], received: list[Broadcast], states: States) -> Cohort:
-    """Return the cohort as it begins to train, from what each client received and kept."""
-    e, first, shift, mask = task.experiment, received[0].weights, None, received[0].mask
-    if all(got.weights is first for got in received):
+def _cohort(task: Task, round: int, ids: list[int], received: Mapping[int, Broadcast], states: States) -> Cohort:
+    """Return some clients as they begin to train, from what each received and kept."""
+    e, got = task.experiment, [received[client] for client in ids]
+    first, shift, mask = got[0].weights, None, got[0].mask
+    if all(one.weights is first for one in got):
         start = first.expand(len(ids), -1)  # everybody was sent the same: one copy in memory will do
     else:
-        start = torch.stack([got.weights for got in received])
+        start = torch.stack([one.weights for one in got])
     if e.strategy == "scaffold":
         own = [states[client].get("control", torch.zeros_like(first)).to(first.device) for client in ids]
-        shift = torch.stack([got.control - c for got, c in zip(received, own, strict=True) if got.control is not None])
+        shift = torch.stack([one.control - c for one, c in zip(got, own, strict=True) if one.control is not None])
     if e.devices == "sliced":
-        mask = torch.stack([torch.ones_like(first) if got.mask is None else got.mask.float() for got in received])
-    plans, state = [plan(task, round, client) for client in ids], torch.stack([got.state for got in received])
+        mask = torch.stack([torch.ones_like(first) if one.mask is None else one.mask.float() for one in got])
+    plans, state = [plan(task, round, client) for client in ids], torch.stack([one.state for one in got])
     weights = empty_aligned(start, *start.shape).copy_(start)
     return Cohort(task, round, ids, plans, start, weights, state, shift, mask)
