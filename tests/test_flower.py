@@ -24,9 +24,8 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlab_kit.scale.client import RECORD, client
-from fedlab_kit.scale.exchange import GridExchange
-from fedlab_kit.scale.settings import line, modules_of, read, write
+from fedlab_kit.scale.client import RECORD, client, line, modules_of, read, write
+from fedlab_kit.scale.flower import GridExchange
 
 SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=3, rounds=3, lr=0.05, batch_size=7)
 
@@ -217,11 +216,11 @@ def test_code_that_fails_on_a_client_is_told_in_one_line(monkeypatch):
 def test_a_lost_answer_counts_as_if_it_had_never_been_given(changes, tmp_path):
     experiment, lost = whole(SMALL.replace(**changes)), (2, 1)
 
-    def deaf(experiment, round, broadcasts, kept, stop):
+    def deaf(experiment, round, broadcasts, kept):
         """In process: client 1 is not asked in round 2."""
         asked = {c: b for c, b in broadcasts.items() if (round, c) != lost}
         silent = {c: "no answer within 0.3 s" for c in broadcasts if (round, c) == lost}
-        return loop.Exchanged(*cohort_step(experiment, round, asked, kept, stop), silent)
+        return loop.Exchanged(*cohort_step(experiment, round, asked, kept), silent)
 
     grid = MemoryGrid(4)
     grid.fault = lambda round, client, reply: None if (round, client) == lost else reply
@@ -298,7 +297,7 @@ def test_unknown_engines_and_a_missing_extra_have_one_clear_line(monkeypatch):
 def test_a_round_nobody_can_be_reached_in_leaves_the_model():
     grid = MemoryGrid(4)
     exchange = GridExchange(grid, 0.1)
-    exchange._roll_call(SMALL, None)
+    exchange._roll_call(SMALL)
     grid.online = set()
     state, record = next(loop.play(start(SMALL), {}, exchange=exchange))
     assert torch.equal(state.weights, start(SMALL).weights) and record.downlink_bytes == 0

@@ -16,10 +16,10 @@ from fedlab_kit import data
 from fedlab_kit.data import Dataset, Split
 from fedlab_kit.deployment.artifact import Artifact, load
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation import setup
 from fedlab_kit.federation.client import client_step
 from fedlab_kit.federation.masking import first_mask
 from fedlab_kit.federation.messages import Broadcast, open_payload, pack_broadcast
-from fedlab_kit.federation.setup import task
 from fedlab_kit.runs import parents_of, train
 from fedlab_kit.statistics import auc_interval, holm, mean_interval, paired_loss, wilson
 
@@ -197,14 +197,14 @@ def alone(experiment: Experiment, client: int, start: Model | None = None, round
         strategy="fedavg", uplink="fp32", downlink="fp32", mask_ratio=0.0, devices="equal", teacher=None,
         normalization="shared",
     )  # fmt: skip
-    job = task(own, parents_of(own))
-    mask = first_mask(job)
+    task = setup.task(own, parents_of(own))
+    mask = first_mask(task)
     memory = {} if mask is None else {"mask": mask}
-    weights, state = start or (job.initial, job.initial_state)
+    weights, state = start or (task.initial, task.initial_state)
     for round in range(1, 1 + (experiment.rounds if rounds is None else rounds)):
-        message = pack_broadcast(job, round, client, Broadcast(weights, state, mask=mask), None, False, False)
-        payload, _ = client_step(job, round, client, message, memory)
-        answer = open_payload(job, round, payload, mask)
+        message = pack_broadcast(task, round, client, Broadcast(weights, state, mask=mask), None, False, False)
+        payload, _ = client_step(task, round, client, message, memory)
+        answer = open_payload(task, round, payload, mask)
         weights, state = weights + answer.update, state if answer.state is None else answer.state
     return weights, state
 
@@ -221,7 +221,7 @@ def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
     if experiment.partition != "site":
         raise ValueError(f"partition must be site to compare the sites, got {experiment.partition!r}")
     run, whole = train(experiment), train(pooled(experiment)).tensors()
-    job, sites = run.task, range(experiment.clients)
+    task, sites = run.task, range(experiment.clients)
     together = [run.tensors(site) for site in sites]
     ways = {
         "alone": [alone(experiment, site) for site in sites],
@@ -230,11 +230,11 @@ def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
         "pooled": [whole] * len(sites),
     }
     results = {
-        way: [job.evaluate(w, job.dataset.validation, state) for w, state in models] for way, models in ways.items()
+        way: [task.evaluate(w, task.dataset.validation, state) for w, state in models] for way, models in ways.items()
     }
     patients = torch.tensor(results["pooled"][0].total)
     hits = {way: torch.tensor([found[site].correct[site] for site in sites]) for way, found in results.items()}
     table = {"patients": [*patients.tolist(), int(patients.sum())]}
     for way, right in hits.items():
         table[way] = [*(right / patients).tolist(), float(right.sum() / patients.sum())]
-    return pandas.DataFrame(table, index=[*job.dataset.sites, "all"])
+    return pandas.DataFrame(table, index=[*task.dataset.sites, "all"])

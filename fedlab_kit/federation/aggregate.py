@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fedlab_kit.compression.distill import distillation_slope
+from fedlab_kit.compression.distill import distillation_gradient
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.devices import client_mask
 from fedlab_kit.federation.messages import ClientUpdate
@@ -139,7 +139,7 @@ def distil_ensemble(
             model.weights.copy_(weights)
             model.gradient.zero_()
             logits = model.module(inputs[index])
-            gradient = distillation_slope(logits.detach(), target[index], unlabelled[index], e.temperature, 1.0)
+            gradient = distillation_gradient(logits.detach(), target[index], unlabelled[index], e.temperature, 1.0)
             logits.backward(gradient.div_(len(index)))
             step = model.gradient if task.shared is None else model.gradient * task.shared.to(weights.device)
             weights.sub_(step, alpha=e.lr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from math import isfinite
@@ -18,7 +18,14 @@ from fedlab_kit.federation import setup
 from fedlab_kit.federation.aggregate import OptimizerState, aggregate, mean
 from fedlab_kit.federation.devices import client_mask, lateness, width
 from fedlab_kit.federation.masking import adjusts, first_mask, next_mask
-from fedlab_kit.federation.messages import Broadcast, ClientState, ClientUpdate, open_payload, pack_broadcast
+from fedlab_kit.federation.messages import (
+    Broadcast,
+    ClientState,
+    ClientUpdate,
+    open_broadcast,
+    open_payload,
+    pack_broadcast,
+)
 from fedlab_kit.federation.setup import Evaluation, Task, rng_for
 from fedlab_kit.wire import PayloadError
 from fedlab_kit.wire.privacy import poisson_sample
@@ -81,12 +88,15 @@ class ServerState:
 
     `weights` [P] is the global model; `optimizer` has, by name, what the strategy keeps (velocity; first and second
     moment; control), the model's `state`, the `mask`, and which clients have that and the teacher for certain.
+    `copies` is what each client holds of the model since its last answer counted, by id, where the downlink sends
+    differences: updated in place, for it may lie on a disk.
     """
 
     task: Task
     round: int
     weights: Tensor
     optimizer: OptimizerState = field(default_factory=dict)
+    copies: MutableMapping[int, ClientState] = field(default_factory=dict)
 
     @property
     def experiment(self) -> Experiment:
@@ -134,12 +144,8 @@ def answering(experiment: Experiment, round: int, ids: list[int]) -> list[int]:
     return [client for client, draw in zip(ids, draws, strict=True) if draw >= experiment.dropout]
 
 
-def broadcast(state: ServerState, ids: list[int], kept: Mapping[int, ClientState] | None = None) -> dict[int, bytes]:
-    """Return what each client of the cohort is sent.
-
-    `kept` is what is remembered about clients, by id. Its `copy` [P] are the weights that a client holds since it was
-    last sent something; both ends keep them for every downlink codec but fp32.
-    """
+def broadcast(state: ServerState, ids: list[int]) -> dict[int, bytes]:
+    """Return what each client of the cohort is sent: the model, or how it differs from the client's copy."""
     task, optimizer, messages = state.task, state.optimizer, {}
     news = Broadcast(state.weights, state.state, optimizer.get("control"), optimizer.get("mask"))
     made: dict[object, bytes] = {}
@@ -148,10 +154,27 @@ def broadcast(state: ServerState, ids: list[int], kept: Mapping[int, ClientState
         # Clients who hold nothing and lack the same share one message.
         alike = (*lacks, width(task, client)) if state.experiment.downlink == "fp32" else client
         if alike not in made:
-            copy = (kept or {}).get(client, {}).get("copy")
+            copy = state.copies.get(client, {}).get("copy")
             made[alike] = pack_broadcast(task, state.round + 1, client, news, copy, *lacks)
         messages[client] = made[alike]
     return messages
+
+
+def note_copies(
+    state: ServerState, sent: Mapping[int, bytes], answered: Collection[int], lost: Collection[int] = ()
+) -> None:
+    """Note what clients hold now: those who `answered` what was `sent` in the round after `state`, those who `lost` it.
+
+    The server opens its own message, as the client did.
+    """
+    if state.experiment.downlink == "fp32":
+        return
+    mask = state.optimizer.get("mask")
+    for client in answered:
+        known = state.copies.get(client, {}) | ({} if mask is None else {"mask": mask})
+        got = open_broadcast(state.task, client, sent[client], known)
+        state.copies[client] = {"copy": got.weights.cpu()}
+    state.copies.update({client: {} for client in lost})
 
 
 def server_step(
