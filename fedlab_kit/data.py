@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlab_kit.catalog import dataset, stamp
+from fedlab_kit.catalog import dataset
 from fedlab_kit.download import FASHION_MNIST, MNIST, DataError, Source, bundled, checked, fetch, read_idx
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.identity import stamp
 
 DIGITS = tuple("0123456789")
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

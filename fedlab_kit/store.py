@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlab_kit import catalog
+from fedlab_kit import code_reading
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.server import RoundRecord, ServerState, start
 from fedlab_kit.federation.setup import Task
@@ -199,7 +199,7 @@ class RunFolder:
             "experiment": experiment.changes(),
             **when_and_where(),
             "torch": torch.__version__,
-            "code": catalog.code(),
+            "code": code_reading.own_code(),
             "engine": engine,
             "seconds": sum(record.seconds for record in records),
         }

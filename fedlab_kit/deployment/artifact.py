@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fedlab_kit import catalog, data
+from fedlab_kit import catalog, code_reading, data
 from fedlab_kit.compression.channels import TURN
 from fedlab_kit.compression.prune import prune
 from fedlab_kit.deployment import convert, measure, static
@@ -284,7 +284,7 @@ def _same(card: dict[str, Any], subject: Subject, recipe: Recipe) -> bool:
 def _made_by() -> dict[str, Any]:
     """What besides model and recipe decides a file and its figures, as it stands on the card."""
     versions = {name: version(name) for name in _PACKAGES}
-    return {"code": catalog.code_digest(_SOURCES), "versions": versions}
+    return {"code": code_reading.code_digest(_SOURCES), "versions": versions}
 
 
 def _about(subject: Subject, recipe: Recipe) -> dict[str, Any]:

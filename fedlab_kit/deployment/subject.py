@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fedlab_kit import data
-from fedlab_kit.catalog import Unknowable, fingerprint
 from fedlab_kit.data import Dataset, Split
 from fedlab_kit.experiment import Recipe, complaint
 from fedlab_kit.files import file_name
+from fedlab_kit.identity import Unknowable, fingerprint
 from fedlab_kit.models import Draws, check_output
 from fedlab_kit.run import Run
 from fedlab_kit.runs import runs_folder

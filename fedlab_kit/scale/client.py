@@ -13,12 +13,12 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load, save
 
-from fedlab_kit.catalog import Unknowable
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.client import client_step
 from fedlab_kit.federation.messages import ClientState
 from fedlab_kit.federation.server import answering, select
 from fedlab_kit.federation.setup import Parents, Task, task
+from fedlab_kit.identity import Unknowable
 from fedlab_kit.runs import find, identify, parents_of
 
 RECORD = "fedlab"  # the one record in every message, both ways
