@@ -44,14 +44,22 @@ def complaint(error: Exception) -> str:
     return ": ".join([*kind, *filter(None, [" ".join(str(error).split())[:LONGEST]])])
 
 
-class Clash(ValueError):
-    """Fields that are each allowed and do not go together; the message is one line."""
+class SettingsError(ValueError):
+    """A setting that cannot be: one line that says what is allowed and what came; `field` is the one to mend."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class Clash(SettingsError):
+    """Fields that are each allowed and do not go together."""
 
 
 class Settings(BaseModel):
     """A frozen, validated value whose errors are one line: the field, what is allowed, and what came.
 
-    Raises ValueError on an unknown field, a wrong type, or a value out of range.
+    Raises SettingsError, a ValueError, on an unknown field, a wrong type, or a value out of range.
     """
 
     model_config = ConfigDict(
@@ -75,7 +83,7 @@ class Settings(BaseModel):
 
     def changes(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as JSON-ready values (nested settings likewise)."""
-        return {name: _plain(value) for name, value in self.__repr_args__()}
+        return self.model_dump(exclude_defaults=True)
 
     def in_effect(self) -> dict[str, Any]:
         """Return the fields that matter given the others, see `when` of `knob`, as JSON-ready values."""
@@ -88,27 +96,25 @@ class Settings(BaseModel):
         return repr(self)
 
     def __repr_args__(self) -> list[tuple[str, Any]]:
-        fields = type(self).model_fields
-        return [(name, getattr(self, name)) for name in fields if getattr(self, name) != fields[name].default]
-
-
-def _plain(value: Any) -> Any:
-    return value.changes() if isinstance(value, Settings) else value
+        return [(name, getattr(self, name)) for name in self.changes()]
 
 
 _LIMITS = {"Ge": ("at least", "ge"), "Gt": ("above", "gt"), "Le": ("at most", "le"), "Lt": ("below", "lt")}
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
-def _wrong(owner: type[Settings], error: ValidationError) -> ValueError:
+def _wrong(owner: type[Settings], error: ValidationError) -> SettingsError:
     """Word the first validation error as one line that names the field, what is allowed and what came."""
     first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else None
     if first["type"] == "value_error":
-        return Clash(str(first["ctx"]["error"]))
-    name = str(first["loc"][0])
+        why = first["ctx"]["error"]
+        return Clash(str(why), name or getattr(why, "field", None))
+    assert name is not None  # only what looks at several fields together has no place
     if first["type"] == "extra_forbidden":
-        return ValueError(f"{name} is not a field of {owner.__name__}; its fields are {', '.join(owner.model_fields)}")
-    return ValueError(f"{name} must be {allowed(owner, name)}, got {first['input']!r}")
+        fields = ", ".join(owner.model_fields)
+        return SettingsError(f"{name} is not a field of {owner.__name__}; its fields are {fields}", name)
+    return SettingsError(f"{name} must be {allowed(owner, name)}, got {first['input']!r}", name)
 
 
 def allowed(owner: type[Settings], name: str) -> str:
@@ -124,9 +130,8 @@ def allowed(owner: type[Settings], name: str) -> str:
 
 
 SCHEMA = 1  # raised when the meaning of a stored field changes
-OVERLAP = frozenset(
-    {"mnist", "mnist_5k"}
-)  # they share pictures: one's training set holds the other's validation and test
+OVERLAP = frozenset({"mnist", "mnist_5k"})  # one's training set holds the other's validation and test pictures
+STEPPING = ("fedavg", "fedprox", "fedavgm", "scaffold", "feddf", "median")  # strategies with a server's learning rate
 
 
 class Recipe(Settings):
@@ -195,14 +200,7 @@ class Experiment(Settings):
     )
     """FedProx: pull of the local weights towards the global ones."""
     server_lr: float = knob(
-        1.0,
-        "Server learning rate",
-        "training",
-        gt=0,
-        le=10,
-        span=(0.1, 2),
-        step=0.1,
-        when={"strategy": ("fedavg", "fedprox", "fedavgm", "scaffold", "feddf", "median")},
+        1.0, "Server learning rate", "training", gt=0, le=10, span=(0.1, 2), step=0.1, when={"strategy": STEPPING}
     )
     """Step along the averaged update; 1 is plain averaging."""
     server_momentum: float = knob(
@@ -298,25 +296,43 @@ class Experiment(Settings):
         return tuple(parent for parent in (self.start, self.teacher) if parent is not None)
 
     @model_validator(mode="after")
-    def _fits_its_parents(self) -> Self:
+    def _fields_go_together(self) -> Self:
+        for field, why in (*self._clashes_with_parents(), *self._clashes()):
+            raise Clash(f"{field} must {why}", field)
+        return self
+
+    def _clashes_with_parents(self) -> Iterator[tuple[str, str]]:
+        """Say which field does not go with what the experiment builds on, and what it must do."""
         if self.teacher is not None and self.teacher.dataset != self.dataset:
-            raise ValueError(f"teacher must be trained on dataset {self.dataset!r}, got {self.teacher.dataset!r}")
+            yield "teacher", f"be trained on dataset {self.dataset!r}, got {self.teacher.dataset!r}"
         if self.start is not None and self.start.model != self.model:
-            raise ValueError(f"start must have model {self.model!r}, got {self.start.model!r}")
+            yield "start", f"have model {self.model!r}, got {self.start.model!r}"
         if self.start_recipe is not None and (self.start is None or self.start_recipe.dtype != "fp32"):
-            raise ValueError("start_recipe must come with a start and prune only (dtype fp32): training needs floats")
+            yield "start_recipe", "come with a start and prune only (dtype fp32): training needs floats"
         if 0 < self.mask_ratio < (begun := self._pruned_of()):
-            raise ValueError(
-                f"mask_ratio must be 0 or at least {begun:g}, what its start is pruned of: got {self.mask_ratio:g}"
-            )
+            yield "mask_ratio", f"be 0 or at least {begun:g}, what its start is pruned of: got {self.mask_ratio:g}"
         for name in {one.dataset for one in self._ancestors()} - {self.dataset}:
             if {name, self.dataset} <= OVERLAP:
-                raise ValueError(
-                    f"dataset must not share pictures with a parent's, which is {name!r}: got {self.dataset!r}"
-                )
+                yield "dataset", f"not share pictures with a parent's, which is {name!r}: got {self.dataset!r}"
         if any(parent.normalization == "own" for parent in self.parents):
-            raise ValueError("normalization must be shared in a start or a teacher: each client has a model of its own")
-        return self
+            yield "normalization", "be shared in a start or a teacher: each client has a model of its own"
+
+    def _clashes(self) -> Iterator[tuple[str, str]]:
+        """Say which field does not go with the others, and what it must do."""
+        mean = self.strategy not in ("scaffold", "feddf", "median")
+        if self.privacy == "client" and not mean:
+            yield "strategy", f"be a plain mean for client-level privacy, got {self.strategy!r}"
+        if self.privacy == "record" and (self.teacher is not None or self.qat != "off"):
+            yield "privacy", "be off or client together with a teacher or qat, got 'record'"
+        if self.privacy != "off" and self.mask_ratio and self.mask_schedule == "dynamic":
+            yield "mask_schedule", "not be dynamic with privacy: it sends raw gradients, got 'dynamic'"
+        if self.devices == "sliced" and not mean:
+            yield "strategy", f"be a mean of updates for sliced devices, got {self.strategy!r}"
+        pruned = self.start_recipe is not None and self.start_recipe.prune == "weight"
+        if self.devices == "sliced" and (self.mask_ratio or self.privacy == "client" or pruned):
+            yield "devices", "be equal or unequal with a mask or client-level privacy, got 'sliced'"
+        if self.clients_per_round > self.clients:
+            yield "clients_per_round", f"be at most clients ({self.clients}), got {self.clients_per_round}"
 
     def _ancestors(self) -> Iterator[Experiment]:
         for parent in self.parents:
@@ -327,22 +343,3 @@ class Experiment(Settings):
         recipe = self.start_recipe
         mine = recipe.prune_ratio if recipe is not None and recipe.prune == "weight" else 0.0
         return 0.0 if self.start is None else max(mine, self.start.mask_ratio, self.start._pruned_of())
-
-    @model_validator(mode="after")
-    def _techniques_fit(self) -> Self:
-        if self.privacy == "client" and self.strategy in ("scaffold", "feddf", "median"):
-            raise ValueError(f"strategy must be a plain mean for client-level privacy, got {self.strategy!r}")
-        if self.privacy == "record" and (self.teacher is not None or self.qat != "off"):
-            raise ValueError("privacy must be off or client together with a teacher or qat, got 'record'")
-        if self.privacy != "off" and self.mask_ratio and self.mask_schedule == "dynamic":
-            raise ValueError("mask_schedule must not be dynamic with privacy: it sends raw gradients, got 'dynamic'")
-        if self.devices == "sliced" and self.strategy in ("scaffold", "feddf", "median"):
-            raise ValueError(f"strategy must be a mean of updates for sliced devices, got {self.strategy!r}")
-        pruned = self.start_recipe is not None and self.start_recipe.prune == "weight"
-        if self.devices == "sliced" and (self.mask_ratio or self.privacy == "client" or pruned):
-            raise ValueError("devices must be equal or unequal with a mask or client-level privacy, got 'sliced'")
-        if self.clients_per_round > self.clients:
-            raise ValueError(
-                f"clients_per_round must be at most clients ({self.clients}), got {self.clients_per_round}"
-            )
-        return self
