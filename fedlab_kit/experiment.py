@@ -44,22 +44,25 @@ def complaint(error: Exception) -> str:
     return ": ".join([*kind, *filter(None, [" ".join(str(error).split())[:LONGEST]])])
 
 
-class SettingsError(ValueError):
-    """A setting that cannot be: one line that says what is allowed and what came; `field` is the one to mend."""
+class FieldError(ValueError):
+    """What is wrong with one `field` of some settings, in one line that begins with its name."""
 
-    def __init__(self, message: str, field: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, field: str, rest: str) -> None:
+        super().__init__(field, rest)
         self.field = field
 
+    def __str__(self) -> str:
+        return " ".join(self.args)
 
-class Clash(SettingsError):
+
+class Clash(FieldError):
     """Fields that are each allowed and do not go together."""
 
 
 class Settings(BaseModel):
     """A frozen, validated value whose errors are one line: the field, what is allowed, and what came.
 
-    Raises SettingsError, a ValueError, on an unknown field, a wrong type, or a value out of range.
+    Raises FieldError, a ValueError, on an unknown field, a wrong type, or a value out of range.
     """
 
     model_config = ConfigDict(
@@ -103,18 +106,15 @@ _LIMITS = {"Ge": ("at least", "ge"), "Gt": ("above", "gt"), "Le": ("at most", "l
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
-def _wrong(owner: type[Settings], error: ValidationError) -> SettingsError:
+def _wrong(owner: type[Settings], error: ValidationError) -> FieldError:
     """Word the first validation error as one line that names the field, what is allowed and what came."""
     first = error.errors(include_url=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else None
-    if first["type"] == "value_error":
-        why = first["ctx"]["error"]
-        return Clash(str(why), name or getattr(why, "field", None))
-    assert name is not None  # only what looks at several fields together has no place
+    if isinstance(known := first.get("ctx", {}).get("error"), FieldError):
+        return Clash(*known.args)
+    name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        fields = ", ".join(owner.model_fields)
-        return SettingsError(f"{name} is not a field of {owner.__name__}; its fields are {fields}", name)
-    return SettingsError(f"{name} must be {allowed(owner, name)}, got {first['input']!r}", name)
+        return FieldError(name, f"is not a field of {owner.__name__}; its fields are {', '.join(owner.model_fields)}")
+    return FieldError(name, f"must be {allowed(owner, name)}, got {first['input']!r}")
 
 
 def allowed(owner: type[Settings], name: str) -> str:
@@ -295,10 +295,15 @@ class Experiment(Settings):
         """The experiments whose final model this one needs."""
         return tuple(parent for parent in (self.start, self.teacher) if parent is not None)
 
+    @property
+    def lineage(self) -> tuple[Experiment, ...]:
+        """All that is trained for this one, each once and before what needs it; itself last."""
+        return tuple(dict.fromkeys([*(one for parent in self.parents for one in parent.lineage), self]))
+
     @model_validator(mode="after")
     def _fields_go_together(self) -> Self:
         for field, why in (*self._clashes_with_parents(), *self._clashes()):
-            raise Clash(f"{field} must {why}", field)
+            raise Clash(field, f"must {why}")
         return self
 
     def _clashes_with_parents(self) -> Iterator[tuple[str, str]]:
@@ -311,7 +316,7 @@ class Experiment(Settings):
             yield "start_recipe", "come with a start and prune only (dtype fp32): training needs floats"
         if 0 < self.mask_ratio < (begun := self._pruned_of()):
             yield "mask_ratio", f"be 0 or at least {begun:g}, what its start is pruned of: got {self.mask_ratio:g}"
-        for name in {one.dataset for one in self._ancestors()} - {self.dataset}:
+        for name in {one.dataset for one in self.lineage[:-1]} - {self.dataset}:
             if {name, self.dataset} <= OVERLAP:
                 yield "dataset", f"not share pictures with a parent's, which is {name!r}: got {self.dataset!r}"
         if any(parent.normalization == "own" for parent in self.parents):
@@ -333,10 +338,6 @@ class Experiment(Settings):
             yield "devices", "be equal or unequal with a mask or client-level privacy, got 'sliced'"
         if self.clients_per_round > self.clients:
             yield "clients_per_round", f"be at most clients ({self.clients}), got {self.clients_per_round}"
-
-    def _ancestors(self) -> Iterator[Experiment]:
-        for parent in self.parents:
-            yield from (parent, *parent._ancestors())
 
     def _pruned_of(self) -> float:
         """Return the share of weights that is gone before round one."""

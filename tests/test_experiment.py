@@ -38,7 +38,7 @@ def test_an_unknown_field_lists_the_fields():
     [
         ({"start": Experiment(model="mlp")}, "start"),
         ({"start_recipe": Recipe()}, "start_recipe"),
-        ({"teacher": {"lr": -1}}, "teacher"),
+        ({"teacher": {"lr": -1}}, "lr"),
         ({"teacher": Experiment(normalization="own")}, "normalization"),
         ({"privacy": "client", "strategy": "median"}, "strategy"),
         ({"devices": "sliced", "mask_ratio": 0.5}, "devices"),
