@@ -21,10 +21,11 @@ from fedlab_kit.deployment.convert import OPSETS
 from fedlab_kit.deployment.onnx_export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.deployment.subject import Subject, subject_of
-from fedlab_kit.experiment import Recipe, complaint
+from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import StoreError, at, is_number, read_json, sweep_up, write_bytes, write_json
 from fedlab_kit.models import Draws, flops
 from fedlab_kit.run import Run
+from fedlab_kit.settings import complaint
 from fedlab_kit.store import when_and_where
 
 LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
