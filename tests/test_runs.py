@@ -378,10 +378,7 @@ def test_client_files_keep_one_version_per_client(tmp_path):
     files = ClientFiles(tmp_path)
     for round, value in ((1, 1.0), (2, 2.0)):
         files[7] = {"control": torch.tensor([value])}
-        packed, replaced = files.pack(round)
-        for path, content in packed.items():
-            write_bytes(path, content)
-        for path in replaced:
+        for path in files.write(round):
             path.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["7-2.safetensors"]
     assert files[7]["control"].item() == 2.0 and list(files) == [7] and len(files) == 1
