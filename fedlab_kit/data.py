@@ -193,8 +193,8 @@ def at_hand(experiment: Experiment) -> Dataset:
 
 
 @lru_cache(maxsize=4)
-def _build(function: Callable[[], Dataset], edits: int, name: str) -> Dataset:
-    """Cached by function and edit too: what a notebook registers again, or edits, is built again."""
+def _build(function: Callable[[], Dataset], found: object, name: str) -> Dataset:
+    """Cached by function and fingerprint too: what a notebook registers again, or edits, is built again."""
     try:
         built = function()
     except Exception as error:

@@ -49,25 +49,23 @@ def fingerprint(thing: Any, name: str = "it") -> str:
 
 
 def current(kind: str, name: str) -> str:
-    """Return the fingerprint of a registered function as it is now, and tell `stamp` if it has changed."""
+    """Return the fingerprint of a registered function as it is now, and keep it for `stamp`."""
     function = catalog.lookup(kind, name)
-    known, before, edits = _LAST.get((kind, name), (None, "", 0))
-    try:
-        found = fingerprint(function, f"{kind} {name!r}")
-    except Unknowable:  # it may have been edited: nobody can tell
-        _LAST[kind, name] = function, "", edits + 1
-        raise
-    _LAST[kind, name] = function, found, edits + (before != found) if known is function else 0
+    _LAST[kind, name] = function, object()  # nobody can tell yet
+    found = fingerprint(function, f"{kind} {name!r}")
+    _LAST[kind, name] = function, found
     return found
 
 
-def stamp(kind: str, name: str) -> tuple[Callable[..., Any], int]:
-    """Return what caches are keyed by: the registered function, and how often `current` saw what it reaches change."""
-    known, _, edits = _LAST.get((kind, name), (None, "", 0))
-    return (function := catalog.lookup(kind, name)), edits if known is function else 0
+def stamp(kind: str, name: str) -> tuple[Callable[..., Any], object]:
+    """Return what caches are keyed by: the registered function, and what `current` last found of what it reaches."""
+    if _LAST.get((kind, name), (None,))[0] is not catalog.lookup(kind, name):
+        with suppress(Unknowable):
+            current(kind, name)
+    return _LAST[kind, name]
 
 
-_LAST: dict[tuple[str, str], tuple[Callable[..., Any] | None, str, int]] = {}
+_LAST: dict[tuple[str, str], tuple[Callable[..., Any], object]] = {}
 
 
 class _Walk:
