@@ -172,24 +172,20 @@ def find(experiment: Experiment) -> Run | None:
 
 def history() -> tuple[tuple[StoredRun, ...], list[str]]:
     """Return the stored runs that have a whole round, oldest first, and the folders that cannot be read."""
-    found, damaged = [], []
+    found, damaged = dict[tuple[str, int, str], StoredRun](), []
     for path in sorted(runs_folder().iterdir()) if runs_folder().is_dir() else ():
         if path.name.startswith(".") or (path.is_file() and path.suffix):  # marks.json is nobody's run
             continue
         folder, file = RunFolder(path), path / "experiment.json"
         try:
-            records = tuple(folder.whole())
-            if not records and not file.exists():  # about to begin
-                continue
-            experiment, older = Experiment(**folder.about()["experiment"]), made_by(path) == OLDER
-            run = StoredRun(experiment, path, records, folder.measured(), True, older=older)
-            age = run.measured["when"], file.stat().st_mtime_ns  # `when` has whole seconds; the file tells the rest
+            if (records := folder.whole()) or file.exists():  # else it is about to begin
+                experiment, older = Experiment(**folder.about()["experiment"]), made_by(path) == OLDER
+                run = StoredRun(experiment, path, tuple(records), folder.measured(), True, older=older)
+                # `when` has whole seconds; the file tells the rest
+                found[run.measured["when"], file.stat().st_mtime_ns, path.name] = run
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             damaged.append(path.name)
-            continue
-        if run.records:
-            found.append((age, run))
-    return tuple(run for _, run in sorted(found, key=lambda one: one[0])), damaged
+    return tuple(run for _, run in sorted(found.items()) if run.records), damaged
 
 
 TODAY, OLDER, DAMAGED = "today's code", "older code", "damaged"
