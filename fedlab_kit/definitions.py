@@ -69,9 +69,8 @@ def module(thing: types.ModuleType, by: Reading | None = None) -> Iterator[Any]:
         wanted = [name for name in names or () if _of_a_user(table.get(name))]
     else:
         wanted = [name for name in table if names is None or name in names or name == "__getattr__"]
-    for name in sorted(set(wanted) - _MODULE_FACTS):
-        yield name
-        yield At(f"{thing.__name__}.{name}", _by(table[name], by, name))
+    wanted = sorted(set(wanted) - _MODULE_FACTS)
+    yield from pairs({name: _by(table[name], by, name) for name in wanted}, f"{thing.__name__}.")
 
 
 def _by(value: Any, by: Reading | None, name: str) -> Any:
@@ -97,20 +96,15 @@ def function(thing: types.FunctionType) -> Iterator[Any]:
     yield (origin, code.co_qualname) if origin else code
     yield At("its default", thing.__defaults__)
     yield At("its default", thing.__kwdefaults__)
-    for name, cell in zip(code.co_freevars, thing.__closure__ or (), strict=True):
-        yield [At(name, _by(value, by, name)) for value in _held(cell)]
+    cells = zip(code.co_freevars, thing.__closure__ or (), strict=True)
+    closure = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # an empty one
+    yield from pairs({name: _by(value, by, name) for name, value in closure.items()})
     yield from pairs({name: thing.__dict__[name] for name in sorted(thing.__dict__)})
     if not origin:
-        yield from _globals(thing.__globals__, reading, by)
-        yield from _registered(thing, reading)
-
-
-def _held(cell: types.CellType) -> list[Any]:
-    """Return what a closure's cell holds, one thing or nothing."""
-    try:
-        return [cell.cell_contents]
-    except ValueError:
-        return []
+        table = thing.__globals__
+        yield from _globals(table, reading, by)
+        seen = [*closure.values(), *(table[name] for name in reading.globals if name in table)]
+        yield from _registered(seen, reading)
 
 
 def _globals(table: dict[str, Any], reading: Reading, by: Reading | None) -> Iterator[Any]:
@@ -137,17 +131,14 @@ def _globals(table: dict[str, Any], reading: Reading, by: Reading | None) -> Ite
             raise Unknowable(f"module {name!r} is not imported yet: import it above the function")
 
 
-def _registered(thing: types.FunctionType, reading: Reading) -> Iterator[Any]:
-    """What a function may look up by name in the package: what its text names, or all of that kind."""
-    seen = [thing.__globals__[name] for name in reading.globals if name in thing.__globals__]
-    seen += [value for cell in thing.__closure__ or () for value in _held(cell)]
+def _registered(seen: list[Any], reading: Reading) -> Iterator[Any]:
+    """What code that sees these values may look up by name in the package: what its text names, or all of a kind."""
     homes = [*map(_home, seen), *(name for name, *_ in reading.imports)]
     ours = any(home.partition(".")[0] == PACKAGE for home in homes)
     for kind in (kind for kind, words in _BY_NAME.items() if ours and words & reading.names):
         users = [name for name, value in catalog.TABLES[kind].items() if not catalog.is_built_in(value)]
-        for name in sorted(set(users) & reading.words or users):
-            yield name
-            yield At(f"{kind} {name!r}", catalog.TABLES[kind][name])
+        wanted = sorted(set(users) & reading.words or users)
+        yield from pairs({name: catalog.TABLES[kind][name] for name in wanted}, f"{kind} ")
 
 
 def _home(value: Any) -> str:
@@ -175,9 +166,7 @@ def definition(thing: type) -> Iterator[Any]:
     else:
         yield At("its metaclass", type(thing))
         yield type.__getattribute__(thing, "__bases__")
-    for name in body:
-        yield name
-        yield At(f"{thing.__name__}.{name}", table[name])
+    yield from pairs({name: table[name] for name in body}, f"{thing.__name__}.")
 
 
 def method(thing: Any) -> Iterator[Any]:
@@ -193,9 +182,9 @@ def method(thing: Any) -> Iterator[Any]:
         yield from (name, function, owner)
 
 
-def pairs(table: dict[Any, Any]) -> Iterator[Any]:
-    """The keys and values of a dictionary in their order."""
+def pairs(table: dict[Any, Any], owner: str = "") -> Iterator[Any]:
+    """The keys and values of a dictionary in their order; `owner` stands before a key on the way to its value."""
     yield len(table)
     for key, value in table.items():
         yield key
-        yield At(key if type(key) is str else "", value)
+        yield At(f"{owner}{key}" if type(key) is str else "", value)

@@ -95,7 +95,10 @@ class _Walk:
             self.feed("code", read(thing).does)
         elif kind is frozenset:
             self.put("set", *sorted(map(self.apart, thing)))
-        elif not self.again(thing):
+        elif (key := (id(thing.module), thing.by) if kind is Used else id(thing)) in self.seen:
+            self.put("again", str(self.seen[key][0]))
+        else:
+            self.seen[key] = len(self.seen), thing  # which keeps it alive
             self.feed("of", next(parts for kinds, parts in _KINDS if issubclass(kind, kinds))(thing))
         self.way.pop()
 
@@ -105,15 +108,6 @@ class _Walk:
         for part in parts:
             self.visit(part)
         self.put("end")
-
-    def again(self, thing: Any) -> bool:
-        """Whether a thing was seen, and if so feed its number; else remember it, and keep it alive."""
-        key = (id(thing.module), thing.by) if type(thing) is Used else id(thing)
-        if key in self.seen:
-            self.put("again", str(self.seen[key][0]))
-            return True
-        self.seen[key] = len(self.seen), thing
-        return False
 
     def apart(self, thing: Any) -> str:
         """Return a digest of an element of a set, whose order means nothing."""
@@ -188,9 +182,7 @@ def _known(thing: Any, parts: Iterable[Any], attributes: dict[Any, Any] | None =
     yield from parts
     if attributes is None:
         attributes = {} if origin_of(kind.__module__) else _attributes(thing)
-    for name in sorted(attributes.keys() - LEFT_OUT, key=str):
-        yield name
-        yield At(f".{name}", attributes[name])
+    yield from pairs({name: attributes[name] for name in sorted(attributes.keys() - LEFT_OUT, key=str)}, ".")
 
 
 def _tensor(thing: torch.Tensor) -> Iterator[Any]:
