@@ -10,9 +10,10 @@ from typing import Any
 from fedlab_kit.data import Dataset, Split, load
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.deployment.measure import accuracy
-from fedlab_kit.experiment import Experiment, Recipe, complaint
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.run import Run
 from fedlab_kit.runs import parts
+from fedlab_kit.settings import complaint
 from fedlab_kit.sweep import TRAFFIC, artifact_of, stored, train_all
 
 SIZES = ("bytes", "zstd_bytes")

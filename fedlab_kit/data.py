@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlab_kit.catalog import dataset, stamp
+from fedlab_kit.catalog import dataset
 from fedlab_kit.download import FASHION_MNIST, MNIST, DataError, Source, bundled, checked, fetch, read_idx
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.identity import stamp
 
 DIGITS = tuple("0123456789")
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -192,8 +193,8 @@ def at_hand(experiment: Experiment) -> Dataset:
 
 
 @lru_cache(maxsize=4)
-def _build(function: Callable[[], Dataset], edits: int, name: str) -> Dataset:
-    """Cached by function and edit too: what a notebook registers again, or edits, is built again."""
+def _build(function: Callable[[], Dataset], found: object, name: str) -> Dataset:
+    """Cached by function and fingerprint too: what a notebook registers again, or edits, is built again."""
     try:
         built = function()
     except Exception as error:

@@ -69,8 +69,7 @@ def fetch(source: Source, file: str) -> Path:
     no mirror answers.
     """
     folder = os.environ.get("FEDLAB_DATA")
-    local = ROOT / at(folder) / source.name / file if folder else None
-    if local is not None and local.exists():
+    if folder and (local := ROOT / at(folder) / source.name / file).exists():
         return checked(local, source.md5[file])
     return _download(source, file)
 
@@ -124,17 +123,10 @@ def _download(source: Source, file: str) -> Path:
     import pooch
 
     folder = ROOT / "data" / "cache" / source.name
-    errors = []
+    patient, errors = pooch.HTTPDownloader(timeout=10), []
     for mirror in source.mirrors:
         try:
-            path = pooch.retrieve(
-                mirror + file,
-                known_hash=f"md5:{source.md5[file]}",
-                fname=file,
-                path=folder,
-                downloader=pooch.HTTPDownloader(timeout=10),
-            )
-            return Path(path)
+            return Path(pooch.retrieve(mirror + file, f"md5:{source.md5[file]}", file, folder, downloader=patient))
         except (OSError, ValueError) as error:
             errors.append(f"{mirror}: {str(error).splitlines()[0]}")
     raise DataError(

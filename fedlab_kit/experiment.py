@@ -1,132 +1,17 @@
-"""What is asked for: `Experiment` fixes the rounds, `Recipe` what is done to the trained model.
-
-Every field carries its label, help text, range and group; the validation messages, the widgets and the
-documentation are all made from that one place.
-"""
+"""What is asked for: `Experiment` fixes the rounds, `Recipe` what is done to the trained model."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
-LONGEST = 400  # letters of another library's complaint
-
-
-def knob(
-    default: Any,
-    label: str,
-    group: str,
-    *,
-    step: float | None = None,
-    span: tuple[float, float] | None = None,
-    log: bool = False,
-    source: str | None = None,
-    when: dict[str, tuple[str, ...]] | None = None,
-    **bounds: Any,
-) -> Any:
-    """Declare a field together with everything that a control needs to know about it; its docstring is the help text.
-
-    `bounds` are pydantic's ge, gt, le, lt. `step` (1 for whole numbers unless given), `span` (the useful range) and
-    `log` shape a slider, `source` names a catalog to choose from ("model", "dataset"), `when` says for which other
-    settings the field matters.
-    """
-    step = step or (1 if type(default) is int else None)
-    extra: dict[str, Any] = {"group": group, "step": step, "span": span, "log": log, "source": source, "when": when}
-    return Field(default, title=label, json_schema_extra=extra, **bounds)
-
-
-def complaint(error: Exception) -> str:
-    """Say in one line what went wrong: in the error's own words, and with its type where nobody expected it."""
-    kind = [] if isinstance(error, ValueError | OSError) and str(error) else [type(error).__name__]
-    return ": ".join([*kind, *filter(None, [" ".join(str(error).split())[:LONGEST]])])
-
-
-class Clash(ValueError):
-    """Fields that are each allowed and do not go together; the message is one line."""
-
-
-class Settings(BaseModel):
-    """A frozen, validated value whose errors are one line: the field, what is allowed, and what came.
-
-    Raises ValueError on an unknown field, a wrong type, or a value out of range.
-    """
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        for field in cls.model_fields.values():
-            field.description = " ".join((field.description or "").split())  # a docstring is folded to the line
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise _wrong(type(self), error) from None
-
-    def replace(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed, validated like a new value."""
-        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
-
-    def changes(self) -> dict[str, Any]:
-        """Return the fields that differ from their defaults, as JSON-ready values (nested settings likewise)."""
-        return {name: _plain(value) for name, value in self.__repr_args__()}
-
-    def in_effect(self) -> dict[str, Any]:
-        """Return the fields that matter given the others, see `when` of `knob`, as JSON-ready values."""
-        values = self.model_dump(mode="json")
-        extra: Any = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
-        whens = {name: extra[name]["when"] or {} for name in values}
-        return {n: v for n, v in values.items() if all(values[other] in among for other, among in whens[n].items())}
-
-    def __str__(self) -> str:
-        return repr(self)
-
-    def __repr_args__(self) -> list[tuple[str, Any]]:
-        fields = type(self).model_fields
-        return [(name, getattr(self, name)) for name in fields if getattr(self, name) != fields[name].default]
-
-
-def _plain(value: Any) -> Any:
-    return value.changes() if isinstance(value, Settings) else value
-
-
-_LIMITS = {"Ge": ("at least", "ge"), "Gt": ("above", "gt"), "Le": ("at most", "le"), "Lt": ("below", "lt")}
-_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
-
-
-def _wrong(owner: type[Settings], error: ValidationError) -> ValueError:
-    """Word the first validation error as one line that names the field, what is allowed and what came."""
-    first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":
-        return Clash(str(first["ctx"]["error"]))
-    name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
-        return ValueError(f"{name} is not a field of {owner.__name__}; its fields are {', '.join(owner.model_fields)}")
-    return ValueError(f"{name} must be {allowed(owner, name)}, got {first['input']!r}")
-
-
-def allowed(owner: type[Settings], name: str) -> str:
-    """Say in words which values a field takes, e.g. "at least 0 and below 1" or "one of fp32, fp16"."""
-    field = owner.model_fields[name]
-    if get_origin(field.annotation) is Literal:
-        return "one of " + ", ".join(get_args(field.annotation))
-    rules = [(_LIMITS.get(type(rule).__name__), rule) for rule in field.metadata]
-    limits = [f"{words[0]} {getattr(rule, words[1])}" for words, rule in rules if words]
-    kind = _KINDS.get(field.annotation, re.sub(r"(\w+\.)+", "a ", str(field.annotation)))  # type: ignore[arg-type]
-    whole = [kind] if not limits or field.annotation is int else []
-    return ", ".join([*whole, *([" and ".join(limits)] if limits else [])])
-
+from fedlab_kit.settings import Clash, Settings, knob
 
 SCHEMA = 1  # raised when the meaning of a stored field changes
-OVERLAP = frozenset(
-    {"mnist", "mnist_5k"}
-)  # they share pictures: one's training set holds the other's validation and test
+OVERLAP = frozenset({"mnist", "mnist_5k"})  # one's training set holds the other's validation and test pictures
+STEPPING = ("fedavg", "fedprox", "fedavgm", "scaffold", "feddf", "median")  # strategies with a server's learning rate
 
 
 class Recipe(Settings):
@@ -195,14 +80,7 @@ class Experiment(Settings):
     )
     """FedProx: pull of the local weights towards the global ones."""
     server_lr: float = knob(
-        1.0,
-        "Server learning rate",
-        "training",
-        gt=0,
-        le=10,
-        span=(0.1, 2),
-        step=0.1,
-        when={"strategy": ("fedavg", "fedprox", "fedavgm", "scaffold", "feddf", "median")},
+        1.0, "Server learning rate", "training", gt=0, le=10, span=(0.1, 2), step=0.1, when={"strategy": STEPPING}
     )
     """Step along the averaged update; 1 is plain averaging."""
     server_momentum: float = knob(
@@ -297,52 +175,52 @@ class Experiment(Settings):
         """The experiments whose final model this one needs."""
         return tuple(parent for parent in (self.start, self.teacher) if parent is not None)
 
+    @property
+    def lineage(self) -> tuple[Experiment, ...]:
+        """All that is trained for this one, each once and before what needs it; itself last."""
+        return tuple(dict.fromkeys([*(one for parent in self.parents for one in parent.lineage), self]))
+
     @model_validator(mode="after")
-    def _fits_its_parents(self) -> Self:
-        if self.teacher is not None and self.teacher.dataset != self.dataset:
-            raise ValueError(f"teacher must be trained on dataset {self.dataset!r}, got {self.teacher.dataset!r}")
-        if self.start is not None and self.start.model != self.model:
-            raise ValueError(f"start must have model {self.model!r}, got {self.start.model!r}")
-        if self.start_recipe is not None and (self.start is None or self.start_recipe.dtype != "fp32"):
-            raise ValueError("start_recipe must come with a start and prune only (dtype fp32): training needs floats")
-        if 0 < self.mask_ratio < (begun := self._pruned_of()):
-            raise ValueError(
-                f"mask_ratio must be 0 or at least {begun:g}, what its start is pruned of: got {self.mask_ratio:g}"
-            )
-        for name in {one.dataset for one in self._ancestors()} - {self.dataset}:
-            if {name, self.dataset} <= OVERLAP:
-                raise ValueError(
-                    f"dataset must not share pictures with a parent's, which is {name!r}: got {self.dataset!r}"
-                )
-        if any(parent.normalization == "own" for parent in self.parents):
-            raise ValueError("normalization must be shared in a start or a teacher: each client has a model of its own")
+    def _fields_go_together(self) -> Self:
+        for field, why in (*self._clashes_with_parents(), *self._clashes()):
+            raise Clash(field, f"must {why}")
         return self
 
-    def _ancestors(self) -> Iterator[Experiment]:
-        for parent in self.parents:
-            yield from (parent, *parent._ancestors())
+    def _clashes_with_parents(self) -> Iterator[tuple[str, str]]:
+        """Say which field does not go with what the experiment builds on, and what it must do."""
+        if self.teacher is not None and self.teacher.dataset != self.dataset:
+            yield "teacher", f"be trained on dataset {self.dataset!r}, got {self.teacher.dataset!r}"
+        if self.start is not None and self.start.model != self.model:
+            yield "start", f"have model {self.model!r}, got {self.start.model!r}"
+        if self.start_recipe is not None and (self.start is None or self.start_recipe.dtype != "fp32"):
+            yield "start_recipe", "come with a start and prune only (dtype fp32): training needs floats"
+        if 0 < self.mask_ratio < (begun := self._pruned_of()):
+            yield "mask_ratio", f"be 0 or at least {begun:g}, what its start is pruned of: got {self.mask_ratio:g}"
+        for name in {one.dataset for one in self.lineage[:-1]} - {self.dataset}:
+            if {name, self.dataset} <= OVERLAP:
+                yield "dataset", f"not share pictures with a parent's, which is {name!r}: got {self.dataset!r}"
+        if any(parent.normalization == "own" for parent in self.parents):
+            yield "normalization", "be shared in a start or a teacher: each client has a model of its own"
+
+    def _clashes(self) -> Iterator[tuple[str, str]]:
+        """Say which field does not go with the others, and what it must do."""
+        mean = self.strategy not in ("scaffold", "feddf", "median")
+        if self.privacy == "client" and not mean:
+            yield "strategy", f"be a plain mean for client-level privacy, got {self.strategy!r}"
+        if self.privacy == "record" and (self.teacher is not None or self.qat != "off"):
+            yield "privacy", "be off or client together with a teacher or qat, got 'record'"
+        if self.privacy != "off" and self.mask_ratio and self.mask_schedule == "dynamic":
+            yield "mask_schedule", "not be dynamic with privacy: it sends raw gradients, got 'dynamic'"
+        if self.devices == "sliced" and not mean:
+            yield "strategy", f"be a mean of updates for sliced devices, got {self.strategy!r}"
+        pruned = self.start_recipe is not None and self.start_recipe.prune == "weight"
+        if self.devices == "sliced" and (self.mask_ratio or self.privacy == "client" or pruned):
+            yield "devices", "be equal or unequal with a mask or client-level privacy, got 'sliced'"
+        if self.clients_per_round > self.clients:
+            yield "clients_per_round", f"be at most clients ({self.clients}), got {self.clients_per_round}"
 
     def _pruned_of(self) -> float:
         """Return the share of weights that is gone before round one."""
         recipe = self.start_recipe
         mine = recipe.prune_ratio if recipe is not None and recipe.prune == "weight" else 0.0
         return 0.0 if self.start is None else max(mine, self.start.mask_ratio, self.start._pruned_of())
-
-    @model_validator(mode="after")
-    def _techniques_fit(self) -> Self:
-        if self.privacy == "client" and self.strategy in ("scaffold", "feddf", "median"):
-            raise ValueError(f"strategy must be a plain mean for client-level privacy, got {self.strategy!r}")
-        if self.privacy == "record" and (self.teacher is not None or self.qat != "off"):
-            raise ValueError("privacy must be off or client together with a teacher or qat, got 'record'")
-        if self.privacy != "off" and self.mask_ratio and self.mask_schedule == "dynamic":
-            raise ValueError("mask_schedule must not be dynamic with privacy: it sends raw gradients, got 'dynamic'")
-        if self.devices == "sliced" and self.strategy in ("scaffold", "feddf", "median"):
-            raise ValueError(f"strategy must be a mean of updates for sliced devices, got {self.strategy!r}")
-        pruned = self.start_recipe is not None and self.start_recipe.prune == "weight"
-        if self.devices == "sliced" and (self.mask_ratio or self.privacy == "client" or pruned):
-            raise ValueError("devices must be equal or unequal with a mask or client-level privacy, got 'sliced'")
-        if self.clients_per_round > self.clients:
-            raise ValueError(
-                f"clients_per_round must be at most clients ({self.clients}), got {self.clients_per_round}"
-            )
-        return self

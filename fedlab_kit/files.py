@@ -164,21 +164,15 @@ def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> str:
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str], listed: bool = True) -> str:
     """Write named tensors and a few words about them as safetensors, see `write_bytes`; returns the seal."""
-    content, seal = pack_tensors(tensors, about)
-    write_bytes(path, content)
-    return seal
-
-
-def pack_tensors(tensors: dict[str, Tensor], about: dict[str, str]) -> tuple[bytes, str]:
-    """Return the bytes of what `write_tensors` writes, and their seal."""
     from safetensors.torch import save
 
     about = {**about, "seal": UNSEALED.decode()}
     content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, about)
     seal = hashlib.sha256(content).hexdigest()
-    return content.replace(UNSEALED, seal.encode(), 1), seal
+    write_bytes(path, content.replace(UNSEALED, seal.encode(), 1), listed)
+    return seal
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

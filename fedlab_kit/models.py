@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fedlab_kit.catalog import lookup, model
-from fedlab_kit.experiment import complaint
+from fedlab_kit.settings import complaint
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 

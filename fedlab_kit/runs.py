@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlab_kit import catalog
+from fedlab_kit import catalog, code_reading, identity
 from fedlab_kit.data import load
 from fedlab_kit.experiment import SCHEMA, Experiment
 from fedlab_kit.federation import setup
@@ -112,7 +112,7 @@ def _place(experiment: Experiment, store: Path | None) -> tuple[RunFolder, str]:
     """Return the run's folder, and "" or why it is none of the store's but one that lasts as long as this process."""
     try:
         return RunFolder((store or runs_folder()) / identify(experiment)), ""
-    except catalog.Unknowable as error:
+    except identity.Unknowable as error:
         return RunFolder(_spare() / token_hex(10)), str(error)
 
 
@@ -174,24 +174,20 @@ def find(experiment: Experiment) -> Run | None:
 
 def history() -> tuple[tuple[StoredRun, ...], list[str]]:
     """Return the stored runs that have a whole round, oldest first, and the folders that cannot be read."""
-    found, damaged = [], []
+    found, damaged = dict[tuple[str, int, str], StoredRun](), []
     for path in sorted(runs_folder().iterdir()) if runs_folder().is_dir() else ():
         if path.name.startswith(".") or (path.is_file() and path.suffix):  # marks.json is nobody's run
             continue
         folder, file = RunFolder(path), path / "experiment.json"
         try:
-            records = tuple(folder.whole())
-            if not records and not file.exists():  # about to begin
-                continue
-            experiment, older = Experiment(**folder.about()["experiment"]), made_by(path) == OLDER
-            run = StoredRun(experiment, path, records, folder.measured(), True, older=older)
-            age = run.measured["when"], file.stat().st_mtime_ns  # `when` has whole seconds; the file tells the rest
+            if (records := folder.whole()) or file.exists():  # else it is about to begin
+                experiment, older = Experiment(**folder.about()["experiment"]), made_by(path) == OLDER
+                run = StoredRun(experiment, path, tuple(records), folder.measured(), True, older=older)
+                # `when` has whole seconds; the file tells the rest
+                found[run.measured["when"], file.stat().st_mtime_ns, path.name] = run
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             damaged.append(path.name)
-            continue
-        if run.records:
-            found.append((age, run))
-    return tuple(run for _, run in sorted(found, key=lambda one: one[0])), damaged
+    return tuple(run for _, run in sorted(found.items()) if run.records), damaged
 
 
 TODAY, OLDER, DAMAGED = "today's code", "older code", "damaged"
@@ -203,7 +199,7 @@ def made_by(folder: Path) -> str:
         made = RunFolder(folder).about().get("code")
     except (OSError, ValueError, AttributeError):
         return DAMAGED
-    return TODAY if made == catalog.code() else OLDER
+    return TODAY if made == code_reading.own_code() else OLDER
 
 
 def free() -> tuple[int, int]:
@@ -243,12 +239,12 @@ def identify(experiment: Experiment) -> str:
 
     All fields, the data's digest, the code of the package and what it computes with, and all that a user wrote and
     the experiment reaches, its parents' too: when one of them changes, the experiment is run again. Raises
-    `catalog.Unknowable` where that cannot be told, and what `load` and `build` do.
+    `identity.Unknowable` where that cannot be told, and what `load` and `build` do.
     """
     facts = {
         "schema": SCHEMA,
         "experiment": experiment.model_dump(mode="json", exclude={"start", "teacher"}),
-        "versions": [torch.__version__, np.__version__, catalog.code()],
+        "versions": [torch.__version__, np.__version__, code_reading.own_code()],
         "definitions": definitions(experiment),
         "data": load(experiment.dataset).digest,  # after the definitions: they say whether it is still true
         "parents": [parent and identify(parent) for parent in (experiment.start, experiment.teacher)],
@@ -263,12 +259,12 @@ def definitions(experiment: Experiment) -> list[str]:
     """
     model, _, *codecs = parts(experiment)
     names = [("model", experiment.model), ("dataset", experiment.dataset)]
-    found = [catalog.current(*name) for name in names]
-    found += [catalog.fingerprint(codec, f"codec {codec.name!r}") for codec in codecs]
+    found = [identity.current(*name) for name in names]
+    found += [identity.fingerprint(codec, f"codec {codec.name!r}") for codec in codecs]
     if not catalog.is_built_in(model):
         dataset = load(experiment.dataset)
         built = build(experiment.model, dataset.shape, len(dataset.classes), experiment.seed)
-        found.append(catalog.fingerprint(built, f"model {experiment.model!r}"))
+        found.append(identity.fingerprint(built, f"model {experiment.model!r}"))
     return found
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlab_kit import catalog
+from fedlab_kit import code_reading
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.server import RoundRecord, ServerState, start
 from fedlab_kit.federation.setup import Task
@@ -34,7 +34,6 @@ from fedlab_kit.files import (
     at,
     damaged,
     is_number,
-    pack_tensors,
     read_about,
     read_json,
     read_tensors,
@@ -42,6 +41,7 @@ from fedlab_kit.files import (
     to_disk,
     write_bytes,
     write_json,
+    write_tensors,
     writing,
 )
 
@@ -169,7 +169,7 @@ class RunFolder:
         """Do away with whatever a kill left behind the last whole round; without one, begin with a state of none."""
         if not records:
             self._digest, self.clients.kept, self.copies.kept = hashlib.sha256(), {}, {}
-            write_bytes(self.state, self._packed(state))
+            self._count(state)
         if self.log.exists():
             write_bytes(self.log, b"".join(self._lines()[: len(records)]))
         self.clients.rewind()
@@ -180,23 +180,18 @@ class RunFolder:
         """Bring one round to the disk, each file before the next: the state that makes the round count is last."""
         line = f"{json.dumps(record.to_dict())}\n".encode()
         self._digest.update(line)
-        changes = [(kept.folder, *kept.pack(state.round)) for kept in (self.clients, self.copies)]
         with writing(self.log), self.log.open("ab") as file:
             file.write(line)
         to_disk(self.log)
-        for folder, files, _ in changes:
-            for path, content in files.items():
-                write_bytes(path, content, listed=False)
-            if files:
-                to_disk(folder)
-        write_bytes(self.state, self._packed(state))
-        for path in [path for _, _, replaced in changes for path in replaced]:
+        replaced = [*self.clients.write(state.round), *self.copies.write(state.round)]
+        self._count(state)
+        for path in replaced:
             path.unlink(missing_ok=True)
 
-    def _packed(self, state: ServerState) -> bytes:
+    def _count(self, state: ServerState) -> None:
         about = {"round": f"{state.round}", "records": self._digest.hexdigest()}
         about |= {"clients": self.clients.manifest(), "copies": self.copies.manifest()}
-        return pack_tensors({"weights": state.weights, **state.optimizer}, about)[0]
+        write_tensors(self.state, {"weights": state.weights, **state.optimizer}, about)
 
     def describe(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:
         """Write what was asked, and when, where, on what engine and in how many seconds it was measured."""
@@ -204,7 +199,7 @@ class RunFolder:
             "experiment": experiment.changes(),
             **when_and_where(),
             "torch": torch.__version__,
-            "code": catalog.code(),
+            "code": code_reading.own_code(),
             "engine": engine,
             "seconds": sum(record.seconds for record in records),
         }
@@ -222,10 +217,10 @@ def when_and_where() -> dict[str, str]:
 class ClientFiles(MutableMapping[int, dict[str, Tensor]]):
     """What clients keep between rounds, on disk: memory follows the cohort, however large the population.
 
-    Files are named `<client>-<round>`, so that a kill in the middle of a round leaves what was true before it: `pack`
-    names what changed and what that replaces once the round counts, `rewind` removes what came after a round that
-    counts. `kept` has `<client>-<round>-<seal>` of each client's file and travels as
-    `manifest` in the state; it is None when an older version wrote that, without.
+    Files are named `<client>-<round>`, so that a kill in the middle of a round leaves what was true before it: `write`
+    says what its files replace once the round counts, `rewind` removes what came after a round that counts. `kept` has
+    `<client>-<round>-<seal>` of each client's file and travels as `manifest` in the state; it is None when an older
+    version wrote that, without.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -260,16 +255,16 @@ class ClientFiles(MutableMapping[int, dict[str, Tensor]]):
             raise StoreError(f"{self.folder.parent} was written by an older version: delete it to run it again")
         return self.kept
 
-    def pack(self, round: int) -> tuple[dict[Path, bytes], list[Path]]:
-        """Return the files of what changed in this round, and the files that they replace."""
+    def write(self, round: int) -> list[Path]:
+        """Bring what changed in this round to the disk; returns the files that it replaces, which are left."""
         replaced = [self._file(self._known[client]) for client in self.changed if client in self._known]
-        files = {}
         for client, memory in self.changed.items():
-            content, seal = pack_tensors(memory, {})
+            seal = write_tensors(self._file(f"{client}-{round}-"), memory, {}, listed=False)
             self._known[client] = f"{client}-{round}-{seal}"
-            files[self._file(self._known[client])] = content
+        if self.changed:
+            to_disk(self.folder)
         self.changed = {}
-        return files, replaced
+        return replaced
 
     def manifest(self) -> str:
         """Return `kept` in one line."""

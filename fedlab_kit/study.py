@@ -16,10 +16,11 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from fedlab_kit.arms import COSTS, Arm, Measure, Progress, arm_of, check_measure, class_in, measured, with_settings
-from fedlab_kit.catalog import Unknowable, fingerprint
-from fedlab_kit.experiment import Experiment, Recipe, complaint
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import at, read_json, write_bytes, write_json
+from fedlab_kit.identity import Unknowable, fingerprint
 from fedlab_kit.runs import runs_folder
+from fedlab_kit.settings import complaint
 from fedlab_kit.statistics import UNDECIDED, mean_difference, verdict
 from fedlab_kit.sweep import listed
 

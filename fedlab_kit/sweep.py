@@ -25,10 +25,11 @@ from fedlab_kit.data import Dataset
 from fedlab_kit.deployment.artifact import Artifact, compress, load, recall, slug
 from fedlab_kit.deployment.selection import front_share, pareto
 from fedlab_kit.deployment.subject import Subject, subject_of
-from fedlab_kit.experiment import Clash, Experiment, Recipe, complaint
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import ROOT, StoreError
 from fedlab_kit.run import Run
 from fedlab_kit.runs import find, parts, train
+from fedlab_kit.settings import Clash, complaint
 from fedlab_kit.statistics import FEWEST_SEEDS, crossed_loss
 
 if TYPE_CHECKING:

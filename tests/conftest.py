@@ -48,8 +48,8 @@ def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def _catalog_as_it_was() -> object:
     """What a test registers is gone after it, so that no test depends on those that ran before it in its process."""
-    before = {kind: dict(table) for kind, table in catalog._TABLES.items()}
+    before = {kind: dict(table) for kind, table in catalog.TABLES.items()}
     yield
-    for kind, table in catalog._TABLES.items():
+    for kind, table in catalog.TABLES.items():
         table.clear()
         table.update(before[kind])

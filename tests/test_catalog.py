@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fedlab_kit as fk
-from fedlab_kit import catalog, data, models
+from fedlab_kit import catalog, code_reading, data, identity, models
 from fedlab_kit.runs import identify
 from fedlab_kit.wire import CODECS
 
@@ -301,7 +301,7 @@ def test_a_module_that_is_handed_on_counts_as_a_whole(
         importlib.invalidate_caches()
         cell = run_cell(f"import own_helpers\ndef call(module, x): return module.h(x)\n{HANDED[how]}")
         assert cell["f"](1) == constant
-        prints.append(catalog.fingerprint(cell["f"]))
+        prints.append(identity.fingerprint(cell["f"]))
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -336,10 +336,10 @@ def test_an_import_is_followed_wherever_it_stands(where: str, tmp_path: Path, mo
         monkeypatch.delitem(sys.modules, "own_helpers", raising=False)
         importlib.invalidate_caches()
         function = run_cell(IMPORTS[where])["f"]
-        with pytest.raises(catalog.Unknowable, match="module 'own_helpers' is not imported yet"):
-            catalog.fingerprint(function)
+        with pytest.raises(identity.Unknowable, match="module 'own_helpers' is not imported yet"):
+            identity.fingerprint(function)
         function(1)
-        prints.append(catalog.fingerprint(function))
+        prints.append(identity.fingerprint(function))
     assert prints[0] == prints[2] != prints[1]
 
 
@@ -372,7 +372,7 @@ def test_what_the_model_is_built_from_counts(tmp_path: Path, monkeypatch: pytest
 def test_what_cannot_be_told_is_named_with_the_way_to_it(put: str, what: str) -> None:
     cell = CELL.replace("def squash(x):", "HELPER\n        def squash(x):").replace("class Net", f"{put}\n\nclass Net")
     cell = cell.replace("    @doubled\n", "")
-    with pytest.raises(catalog.Unknowable, match=f"^model 'mine' -> .*{what}") as error:
+    with pytest.raises(identity.Unknowable, match=f"^model 'mine' -> .*{what}") as error:
         opened = run_cell(cell)["HELPER"]
         try:
             identify(MINE)
@@ -393,10 +393,10 @@ class Quiet(dict):
 LOUD, QUIET = Loud(), Quiet(a=1)
 def f(): return LOUD, QUIET
 """
-    first = catalog.fingerprint(run_cell(cell)["f"])
-    assert first == catalog.fingerprint(run_cell(cell)["f"])
-    assert first != catalog.fingerprint(run_cell(cell.replace('["a"] = 1', '["a"] = 2'))["f"])
-    assert first != catalog.fingerprint(run_cell(cell.replace("Quiet(a=1)", "Quiet(a=2)"))["f"])
+    first = identity.fingerprint(run_cell(cell)["f"])
+    assert first == identity.fingerprint(run_cell(cell)["f"])
+    assert first != identity.fingerprint(run_cell(cell.replace('["a"] = 1', '["a"] = 2'))["f"])
+    assert first != identity.fingerprint(run_cell(cell.replace("Quiet(a=1)", "Quiet(a=2)"))["f"])
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_values_that_differ_are_told_apart_and_equal_ones_are_not(one: str, othe
         "import collections, contextlib, functools, operator, pathlib, random, re, types\nimport numpy, pandas, torch"
     )
     cell = f"{modules}\nimport fedlab_kit as fk\nfrom torch import nn\nVALUE = {{}}\ndef f(): return VALUE"
-    prints = [catalog.fingerprint(run_cell(cell.format(value))["f"]) for value in (one, one, other)]
+    prints = [identity.fingerprint(run_cell(cell.format(value))["f"]) for value in (one, one, other)]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -456,10 +456,10 @@ def test_the_packages_own_code_counts_and_its_comments_and_docstrings_do_not() -
         .replace(b"Doc.", b"D.")
         .replace(b"# why", b"")
     )
-    digest = catalog.code_digest({"a.py": source})
-    assert digest == catalog.code_digest({"a.py": b"\n\n" + same})
-    assert digest != catalog.code_digest({"a.py": source.replace(b"x + A", b"x - A")})
-    assert digest != catalog.code_digest({"b.py": source}) and len(catalog.code()) == 64
+    digest = code_reading.code_digest({"a.py": source})
+    assert digest == code_reading.code_digest({"a.py": b"\n\n" + same})
+    assert digest != code_reading.code_digest({"a.py": source.replace(b"x + A", b"x - A")})
+    assert digest != code_reading.code_digest({"b.py": source}) and len(code_reading.own_code()) == 64
 
 
 @pytest.mark.parametrize(
@@ -467,12 +467,12 @@ def test_the_packages_own_code_counts_and_its_comments_and_docstrings_do_not() -
 )
 def test_literals_of_the_packages_own_code_are_told_apart(place: str) -> None:
     literals = "0 1 2 -1 None False True 0.0 -0.0 1.0 0j '' 'a' b'' b'a' () [] {} ... '0' 'None' f'' (0,) [0] {0}"
-    digests = [catalog.code_digest({"a.py": place.replace("{}", one, 1).encode()}) for one in literals.split()]
+    digests = [code_reading.code_digest({"a.py": place.replace("{}", one, 1).encode()}) for one in literals.split()]
     assert len(set(digests)) == len(literals.split())
 
 
 def test_the_digest_covers_the_modules_that_decide_weights() -> None:
-    names = set(catalog._SOURCES)
+    names = set(code_reading._SOURCES)
     assert {
         "data.py",
         "models.py",
@@ -501,7 +501,7 @@ def test_the_digest_covers_the_modules_that_decide_weights() -> None:
 def test_layers_of_every_kind_can_be_told_again(layer):
     def made(seed):
         torch.manual_seed(seed)
-        return catalog.fingerprint(layer())
+        return identity.fingerprint(layer())
 
     assert made(1) == made(1) != made(2)
 
@@ -528,7 +528,7 @@ def test_classes_that_extend_pythons_own_parts_count_by_their_bodies(made, edite
     def found(text):
         table = {"__name__": "__main__"}
         exec(text, table)
-        return catalog.fingerprint(table["A"])
+        return identity.fingerprint(table["A"])
 
     assert found(made) == found(made) != found(made.replace(*edited))
 
@@ -539,14 +539,14 @@ def test_what_is_looked_up_by_name_counts_too(way, monkeypatch):
     import fedlab_kit as fk
     from fedlab_kit.wire import CODECS, make
 
-    monkeypatch.setattr(catalog, "_TABLES", {**catalog._TABLES, "codec": dict(CODECS)})
+    monkeypatch.setattr(catalog, "TABLES", {**catalog.TABLES, "codec": dict(CODECS)})
 
     def found(factor):
         table = {"__name__": "__main__", "fk": fk, "make": make}
         exec(f"class Inner(fk.Codec):\n    def encode(s, v, rng): return v * {factor}", table)
         exec(f"class Outer(fk.Codec):\n    def encode(s, v, rng): return {way}.encode(v, rng)", table)
-        catalog._TABLES["codec"]["inner"] = table["Inner"]
-        return catalog.fingerprint(table["Outer"])
+        catalog.TABLES["codec"]["inner"] = table["Inner"]
+        return identity.fingerprint(table["Outer"])
 
     assert found(1.0) == found(1.0) != found(-1.0)
 
@@ -557,13 +557,13 @@ def test_what_a_module_makes_when_asked_counts_and_sys_modules_is_refused():
         exec(f"V = {{'S': {value}}}\ndef __getattr__(name): return V[name]", vars(module))
         table = {"__name__": "__main__", "lazy": module}
         exec("def scale(): return lazy.S", table)
-        return catalog.fingerprint(table["scale"])
+        return identity.fingerprint(table["scale"])
 
     assert found(1.0) == found(1.0) != found(-1.0)
     table = {"__name__": "__main__"}
     exec("import sys\nK = 1.0\ndef scale(): return sys.modules[__name__].K", table)
-    with pytest.raises(catalog.Unknowable, match=r"what sys\.modules reaches cannot be told"):
-        catalog.fingerprint(table["scale"])
+    with pytest.raises(identity.Unknowable, match=r"what sys\.modules reaches cannot be told"):
+        identity.fingerprint(table["scale"])
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])
@@ -571,7 +571,7 @@ def test_lookup_reaches_models_and_data_sets(kind):
     def found(value):
         table = {"__name__": "__main__", "catalog": catalog}
         exec(f"def inner(): return {value}\ndef outer(): return catalog.lookup({kind!r}, 'inner')()", table)
-        catalog._TABLES[kind]["inner"] = table["inner"]
-        return catalog.fingerprint(table["outer"])
+        catalog.TABLES[kind]["inner"] = table["inner"]
+        return identity.fingerprint(table["outer"])
 
     assert found(1.0) == found(1.0) != found(-1.0)

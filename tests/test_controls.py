@@ -7,9 +7,10 @@ import ipywidgets as widgets
 import pytest
 
 from fedlab_kit.catalog import MODELS
-from fedlab_kit.experiment import Experiment, Recipe, Settings, knob
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab.control import Number, fields_with_control
 from fedlab_kit.lab.controls import Controls, fold, validate
+from fedlab_kit.settings import Settings, knob
 
 
 def controls(**changes: object) -> Controls:

@@ -110,7 +110,7 @@ def test_loading_what_is_bundled_imports_no_large_library(name: str) -> None:
 
 def test_load_builds_once_and_again_when_registered_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "DATASETS", dict(catalog.DATASETS))
-    monkeypatch.setitem(catalog._TABLES, "dataset", catalog.DATASETS)
+    monkeypatch.setitem(catalog.TABLES, "dataset", catalog.DATASETS)
     catalog.dataset("mine")(lambda: toy())
     first = load("mine")
     assert load("mine") is first

@@ -1,5 +1,7 @@
 """Settings: what is accepted, how errors are worded, what identifies a value."""
 
+import pickle
+
 import pytest
 
 from fedlab_kit import Experiment, Recipe
@@ -22,12 +24,31 @@ from fedlab_kit import Experiment, Recipe
 def test_wrong_values_are_answered_in_one_line(values, message):
     with pytest.raises(ValueError) as error:
         Experiment(**values)
-    assert str(error.value) == message
+    assert str(error.value) == message and error.value.field == message.split(" ")[0]
 
 
 def test_an_unknown_field_lists_the_fields():
-    with pytest.raises(ValueError, match="epochs is not a field of Experiment; its fields are dataset, model"):
+    with pytest.raises(ValueError, match="epochs is not a field of Experiment; its fields are dataset, model") as error:
         Experiment(epochs=3)
+    assert error.value.field == "epochs"
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"start": Experiment(model="mlp")}, "start"),
+        ({"start_recipe": Recipe()}, "start_recipe"),
+        ({"teacher": {"lr": -1}}, "lr"),
+        ({"teacher": Experiment(normalization="own")}, "normalization"),
+        ({"privacy": "client", "strategy": "median"}, "strategy"),
+        ({"devices": "sliced", "mask_ratio": 0.5}, "devices"),
+    ],
+)
+def test_an_error_names_the_field_to_mend_also_where_each_field_alone_is_right(values, field):
+    with pytest.raises(ValueError) as error:
+        Experiment(**values)
+    assert error.value.field == field
+    assert pickle.loads(pickle.dumps(error.value)).field == field  # another process hands it on
 
 
 def test_recipe_words_its_range():

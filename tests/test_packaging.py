@@ -1,7 +1,9 @@
 """pyproject.toml, constraints.txt and environment.yml say the same, and so does what is installed here."""
 
+import ast
 import importlib.metadata
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -93,5 +95,31 @@ def test_set_up_accepts_the_pythons_that_the_project_supports():
 
 
 def test_lab_needs_nothing_of_the_scale_extra():
-    assert [Requirement(line).name for line in EXTRAS["scale"]] == ["flwr"]
+    assert [Requirement(line).name for line in EXTRAS["scale"]] == ["flwr", "cryptography"]
     assert "flwr" not in [Requirement(line).name for line in PROJECT["dependencies"] + EXTRAS["test"]]
+
+
+def test_whatever_the_package_imports_is_declared():
+    """What is here by chance, because another library needs it today, may be gone tomorrow."""
+    base = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    scale = base | {canonicalize_name(Requirement(line).name) for line in EXTRAS["scale"]} | {"ray"}  # flwr's choice
+    brings = importlib.metadata.packages_distributions()
+    undeclared = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / "fedlab_kit").rglob("*.py")
+        for name in imported(path) - sys.stdlib_module_names - {"fedlab_kit"}
+        if not {canonicalize_name(one) for one in brings.get(name, [name])}
+        & (scale if "scale" in path.relative_to(ROOT).parts else base)
+    }
+    assert undeclared == set()
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level modules that a file imports, wherever in the file it does so."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found

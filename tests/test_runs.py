@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import torch
 
 import fedlab_kit as fk
 from fedlab_kit import __main__ as cli
-from fedlab_kit import catalog, runs
+from fedlab_kit import catalog, code_reading, runs
 from fedlab_kit.files import StoreError, read_json, write_bytes, write_json
 from fedlab_kit.lab.canvas import human_bytes
 from fedlab_kit.runs import history
@@ -120,7 +119,11 @@ def test_a_damaged_file_is_named(name):
 def test_what_decides_the_outcome_decides_the_key(monkeypatch):
     key = runs.identify(SMALL)
     assert key == runs.identify(SMALL.replace()) != runs.identify(SMALL.replace(lr=0.06))
-    for module, name, other in ((catalog, "code", lambda: "99"), (torch, "__version__", "0"), (np, "__version__", "0")):
+    for module, name, other in (
+        (code_reading, "own_code", lambda: "99"),
+        (torch, "__version__", "0"),
+        (np, "__version__", "0"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, other)
             assert runs.identify(SMALL) != key
@@ -258,7 +261,7 @@ def test_what_cannot_be_told_is_trained_each_time_kept_aside_and_said(child, run
 def test_a_sweep_trains_what_cannot_be_told_once(monkeypatch):
     _unknowable()
     asked, train = [], runs.train
-    monkeypatch.setattr(import_module("fedlab_kit.sweep"), "train", lambda e, *rest: asked.append(e) or train(e, *rest))
+    monkeypatch.setattr(sys.modules["fedlab_kit.sweep"], "train", lambda e, *rest: asked.append(e) or train(e, *rest))
     with pytest.warns(UserWarning, match="not stored"):
         table = fk.sweep(SMALL.replace(model="mine", rounds=1), {"lr": [0.05, 0.1], "dtype": ["fp32", "int8"]})
     assert len(table) == 4 and len(asked) == 2 and table["accuracy"].notna().all()
@@ -271,7 +274,7 @@ def _made_by_other_code(run, code):
 
 def test_a_run_of_older_code_is_listed_and_never_believed(monkeypatch, runs_folder):
     with monkeypatch.context() as patch:
-        patch.setattr(catalog, "code", lambda: "0" * 64)
+        patch.setattr(code_reading, "own_code", lambda: "0" * 64)
         old = fk.train(SMALL)
         stop = threading.Event()
         fk.train(SMALL.replace(seed=9), stop, lambda record: stop.set())
@@ -375,10 +378,7 @@ def test_client_files_keep_one_version_per_client(tmp_path):
     files = ClientFiles(tmp_path)
     for round, value in ((1, 1.0), (2, 2.0)):
         files[7] = {"control": torch.tensor([value])}
-        packed, replaced = files.pack(round)
-        for path, content in packed.items():
-            write_bytes(path, content)
-        for path in replaced:
+        for path in files.write(round):
             path.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["7-2.safetensors"]
     assert files[7]["control"].item() == 2.0 and list(files) == [7] and len(files) == 1

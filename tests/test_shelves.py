@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlab_kit import catalog
+from fedlab_kit import code_reading
 from fedlab_kit.deployment.artifact import compress
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab import client_shelf, compare
@@ -149,7 +149,7 @@ def test_settings_that_have_no_control_are_taken_up_too():
 
 def test_runs_of_older_code_are_marked_and_their_points_exported(runs_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(catalog, "code", lambda: "0" * 64)
+        patch.setattr(code_reading, "own_code", lambda: "0" * 64)
         compress(train(TINY), Recipe())
     bench = Bench(TINY)
     (old,) = history()[0]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fedlab_kit import catalog, data
+from fedlab_kit import catalog, code_reading, data
 from fedlab_kit.compression.channels import TURN
 from fedlab_kit.compression.prune import prune
 from fedlab_kit.deployment import convert, measure, static
@@ -23,10 +23,11 @@ from fedlab_kit.deployment.convert import OPSETS
 from fedlab_kit.deployment.onnx_export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.deployment.subject import Subject, subject_of
-from fedlab_kit.experiment import Recipe, complaint
+from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import StoreError, at, is_number, read_json, sweep_up, write_bytes, write_json
 from fedlab_kit.models import Draws, flops
 from fedlab_kit.run import Run
+from fedlab_kit.settings import complaint
 from fedlab_kit.statistics import paired_loss, wilson
 from fedlab_kit.store import when_and_where
 
@@ -321,7 +322,7 @@ def _effect(recipe: Recipe) -> dict[str, Any]:
 def _made_by() -> dict[str, Any]:
     """What besides model and recipe decides a file and its figures, as it stands on the card."""
     versions = {name: version(name) for name in _PACKAGES}
-    return {"code": catalog.code_digest(_SOURCES), "versions": versions}
+    return {"code": code_reading.code_digest(_SOURCES), "versions": versions}
 
 
 def _about(subject: Subject, recipe: Recipe) -> dict[str, Any]:

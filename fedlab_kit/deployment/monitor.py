@@ -19,7 +19,7 @@ from fedlab_kit.data import Preprocess, Split
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.deployment.drift import LEVEL, TOLERANCE, Drift, Look, Reference, directions
 from fedlab_kit.deployment.score import matrix, odd_rows
-from fedlab_kit.experiment import Settings, knob
+from fedlab_kit.settings import Settings, knob
 
 FEWEST = 10  # reference patients that a site must have to be watched for drift
 RECENT = 500  # answers that a budget looks back on

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fedlab_kit import data
-from fedlab_kit.catalog import Unknowable, fingerprint
 from fedlab_kit.data import Dataset, Split
-from fedlab_kit.experiment import Recipe, complaint
+from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import file_name
+from fedlab_kit.identity import Unknowable, fingerprint
 from fedlab_kit.models import Draws, check_output
 from fedlab_kit.run import Run
 from fedlab_kit.runs import runs_folder
+from fedlab_kit.settings import complaint
 from fedlab_kit.wire.privacy import outside
 
 CALIBRATION = 256  # of a module's training samples, spread over all of them: they may lie class by class

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlab_kit import catalog
+from fedlab_kit import identity
 from fedlab_kit.compression.prune import prune
 from fedlab_kit.compression.quantize import parameter_dtypes, quantized
 from fedlab_kit.data import Dataset, Split, at_hand, load
@@ -191,7 +191,7 @@ def task(experiment: Experiment | Task, parents: Parents | None = None) -> Task:
     """
     if isinstance(experiment, Task):
         return experiment
-    makers = catalog.stamp("model", experiment.model), catalog.stamp("dataset", experiment.dataset)
+    makers = identity.stamp("model", experiment.model), identity.stamp("dataset", experiment.dataset)
     return _task(experiment, parents or Parents(), makers, threading.get_ident())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlab_kit.deployment.artifact import Artifact
-from fedlab_kit.experiment import Experiment, Recipe, Settings
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.lab.compressor import DELAY
 from fedlab_kit.lab.controls import Controls
 from fedlab_kit.lab.desk import Desk
@@ -21,6 +21,7 @@ from fedlab_kit.lab.points import Row
 from fedlab_kit.lab.screen import Screen
 from fedlab_kit.lab.view import View
 from fedlab_kit.run import Run
+from fedlab_kit.settings import Settings
 
 TEXT = "fk.Bench: run this notebook to see and use the workbench."
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedlab_kit.clients import client_names
-from fedlab_kit.experiment import Experiment, Settings
+from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import html_table, human_bytes, percent, three
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.wording import difference, moment, origin
 from fedlab_kit.run import StoredRun
+from fedlab_kit.settings import Settings
 
 LAST = 6  # runs in the table
 MOST = 10_000  # clients among whom the worst is looked for: dealing out the samples takes seconds beyond

@@ -13,11 +13,12 @@ from pathlib import Path
 from threading import Event, Lock, Timer, main_thread
 
 from fedlab_kit.deployment.artifact import Artifact, compress, load, recall, slug
-from fedlab_kit.experiment import Experiment, Recipe, complaint
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.setup import task
 from fedlab_kit.files import StoreError, spare_folder
 from fedlab_kit.lab.points import Points, said
 from fedlab_kit.run import Run
+from fedlab_kit.settings import complaint
 
 DELAY = 0.08  # seconds that a recipe must stand before it is measured, so that a drag ends in one point
 PARTS = ("onnx", "onnxscript", "onnxruntime.quantization", "torch._dynamo", "torch_pruning", "matplotlib.figure")

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 import ipywidgets as widgets
 
 from fedlab_kit.catalog import DATASETS, MODELS
-from fedlab_kit.experiment import Settings, allowed
+from fedlab_kit.settings import Settings, allowed
 from fedlab_kit.wire import CODECS
 
 CATALOGS: dict[str, Mapping[str, Any]] = {"dataset": DATASETS, "model": MODELS, "codec": CODECS}

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import ipywidgets as widgets
 
-from fedlab_kit.experiment import Settings
 from fedlab_kit.lab.control import Control, fields_with_control, make_control
+from fedlab_kit.settings import Settings
 
 Kind = TypeVar("Kind", bound=Settings)
 

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from fedlab_kit import catalog
+from fedlab_kit.code_reading import origin_of
 from fedlab_kit.deployment.artifact import Artifact, load
 from fedlab_kit.deployment.score import harmless
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError, at, filling
+from fedlab_kit.identity import Unknowable
 from fedlab_kit.lab.report import report
 from fedlab_kit.run import StoredRun
 from fedlab_kit.runs import identify, parts
@@ -87,7 +89,7 @@ def _changed(run: StoredRun) -> list[str]:
         return ["Made by older code of fedlab-kit: today's makes another file."]
     try:
         same = identify(run.experiment) == run.key
-    except catalog.Unknowable as error:
+    except Unknowable as error:
         return [f"The store could not keep this run: {error}."]
     except ValueError:
         same = False
@@ -131,7 +133,7 @@ class Carried:
         value = inspect.unwrap(value) if callable(value) else value  # below its decorators, which the source has
         own = str(getattr(value, "__name__", name))
         home = own if isinstance(value, ModuleType) else catalog.home_of(value)
-        installed = catalog.origin_of(home)
+        installed = origin_of(home)
         if isinstance(value, ModuleType):
             self._lines.append(f"import {home} as {name}" if "." in home or home != name else f"import {name}")
             if not installed:
@@ -213,7 +215,7 @@ def _reads(node: ast.AST, bodies: bool) -> Iterator[str]:
 
 def _is_in(module: Any, name: str, value: Any) -> bool:
     """Say whether an installed module, or the package, has the value under that name."""
-    found = sys.modules.get(module) if isinstance(module, str) and catalog.origin_of(module) else None
+    found = sys.modules.get(module) if isinstance(module, str) and origin_of(module) else None
     return found is not None and vars(found).get(name) is value
 
 

@@ -13,12 +13,12 @@ import ipywidgets as widgets
 from fedlab_kit.data import Dataset
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.deployment.monitor import Alarm, Monitor, Stream, draw
-from fedlab_kit.experiment import complaint
 from fedlab_kit.lab.canvas import to_html
 from fedlab_kit.lab.control import KNOB, Control
 from fedlab_kit.lab.controls import Controls, help_text
 from fedlab_kit.lab.looks import alarm_table, describe_distances, distances
 from fedlab_kit.lab.screen import halves, heading, page, status
+from fedlab_kit.settings import complaint
 
 TEXT = "Watch: run this notebook to see and use the bench for drift and alarm."
 Wish = tuple[str, Stream]

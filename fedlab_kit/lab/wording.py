@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedlab_kit.experiment import Experiment, Settings
+from fedlab_kit.experiment import Experiment
 from fedlab_kit.lab.canvas import with_interval
 from fedlab_kit.run import Run
+from fedlab_kit.settings import Settings
 
 
 def outcome(run: Run) -> str:

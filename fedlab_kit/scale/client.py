@@ -20,6 +20,7 @@ from fedlab_kit.federation.client import client_step
 from fedlab_kit.federation.messages import ClientState
 from fedlab_kit.federation.server import RoundRecord, answering, select
 from fedlab_kit.federation.setup import Parents, Task
+from fedlab_kit.identity import Unknowable
 from fedlab_kit.runs import find, identify, parents_of, parts
 
 RECORD = "fedlab"  # the one record in every message, both ways
@@ -94,7 +95,7 @@ def answer(asked: Mapping[str, Any], shelf: RecordDict) -> dict[str, Any]:
     task = _task(experiment)
     try:
         name = f"{identify(experiment)}/{me}"
-    except catalog.Unknowable:  # no store can keep it, but a shelf lasts for one run alone
+    except Unknowable:  # no store can keep it, but a shelf lasts for one run alone
         name = f"aside/{me}"
     memory = _recall(shelf, name, asked["base"])
     if memory is None:
