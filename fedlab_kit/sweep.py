@@ -25,7 +25,9 @@ from fedlab_kit.training import stored, train_all
 if TYPE_CHECKING:
     import pandas
 
-MEASURED = ("accuracy", "bytes", "zstd_bytes", "latency_ms", "throughput", "sparsity", "parameters", "note")
+MEASURED = (
+    "accuracy", "missing_recall", "bytes", "zstd_bytes", "latency_ms", "throughput", "sparsity", "parameters", "note",
+)  # fmt: skip
 TRAFFIC = ("uplink_bytes", "downlink_bytes")
 
 
@@ -42,9 +44,10 @@ def sweep(
     Fields belong to Experiment or Recipe; what the grid does not name comes from `experiment` and `recipe`, which is
     the uncompressed fp32 file if none is given: a sweep over train fields alone has a row, and a file, for each run.
     Rows hold the grid's fields, what was measured on the artifact (accuracy on the validation split with `low` and
-    `high`), `uplink_bytes` and `downlink_bytes` of the run, `seconds` of training, `path`, and `front`: whether no
-    other point is both smaller (zstd) and as accurate. A point that cannot be had, because its run failed or diverged
-    or its model does not allow the recipe, has a `note` that says so and NaN for what was not measured.
+    `high`, and `missing_recall` of the classes that no client holds, NaN where all are held), `uplink_bytes` and
+    `downlink_bytes` of the run, `seconds` of training, `path`, and `front`: whether no other point is both smaller
+    (zstd) and as accurate. A point that cannot be had, because its run failed or diverged or its model does not allow
+    the recipe, has a `note` that says so and NaN for what was not measured.
 
     In the place of an experiment may stand a trained module of one's own, with its `dataset`, see `compress`: the grid
     then names fields of Recipe alone, and what training took is NaN.
@@ -89,7 +92,7 @@ def measure_point(what: Run | Subject | Exception, recipe: Recipe, model: str) -
     except Exception as error:  # whatever it was, the other points are worth their measurement
         why = f"{model} as {slug(recipe).replace('-', ' ')}: {complaint(error)}"
         return {**dict.fromkeys((*MEASURED, "low", "high"), nan), **training, "path": None, "note": why}
-    measured = {name: getattr(artifact, name) for name in MEASURED}
+    measured = {name: nan if (value := getattr(artifact, name)) is None else value for name in MEASURED}
     low, high = artifact.interval
     return {**measured, "low": low, "high": high, **training, "path": artifact.path}
 
@@ -111,16 +114,17 @@ def _with_front(table: pandas.DataFrame) -> pandas.DataFrame:
 def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
     """Return what a table says on average over a column of the grid, usually the seed, and how far it spreads.
 
-    Points that differ in that column alone become one row: the mean of `accuracy`, of sizes, latency, traffic and
-    seconds; `accuracy_sd`, the standard deviation; `low` and `high`, the smallest and the largest accuracy, which
-    plots draw as bars; `points`, how many there were; and `front` among the means. Points without an accuracy are left
-    out. Raises ValueError when the table was not swept over that column.
+    Points that differ in that column alone become one row: the mean of `accuracy`, of `missing_recall`, sizes, latency,
+    traffic and seconds; `accuracy_sd`, the standard deviation; `low` and `high`, the smallest and the largest accuracy,
+    which plots draw as bars; `points`, how many there were; and `front` among the means. Points without an accuracy are
+    left out. Raises ValueError when the table was not swept over that column.
     """
     if over not in table.columns:
         raise ValueError(f"over must be a column of the table ({', '.join(table.columns)}), got {over!r}")
     made = {*MEASURED, *TRAFFIC, "low", "high", "seconds", "path", "front", over}
     kept = [name for name in table.columns if name not in made]
-    averaged = {name: (name, "mean") for name in ("bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")}
+    means_of = ("missing_recall", "bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")
+    averaged = {name: (name, "mean") for name in means_of}
     grouped = table.dropna(subset="accuracy").assign(_all=0).groupby([*kept, "_all"], sort=False, dropna=False)
     means = grouped.agg(
         accuracy=("accuracy", "mean"),

@@ -8,7 +8,7 @@ import fedlab_kit
 ROOT = Path(fedlab_kit.__file__).parent
 ORDER = [
     "settings", "experiment", "catalog", "statistics", "files", "download", "data", "clinic", "hospitals",
-    "partition", "models",
+    "hands", "partition", "models",
     "compression.dependency", "compression.channels", "compression.prune", "compression.quantize",
     "compression.distill", "wire.bit_packing",
     "wire.codecs", "wire.frame", "wire", "wire.links", "wire.privacy",

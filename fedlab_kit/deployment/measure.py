@@ -71,7 +71,13 @@ def logits(session: Any, x: Tensor | np.ndarray, batch: int = WHOLE) -> np.ndarr
 
 
 def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
-    """Return the accuracy of a session on a split, and its 95 % interval.
+    """Return the accuracy of a session on a split, and its 95 % interval. Raises what `right` does."""
+    correct = int(right(session, split).sum())
+    return correct / len(split), wilson(correct, len(split))
+
+
+def right(session: Any, split: Split) -> np.ndarray:
+    """Return which samples of a split a session answers right, bool [n].
 
     Raises ValueError on an empty split, and when an answer is no number.
     """
@@ -80,8 +86,7 @@ def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
     found = logits(session, split.x)
     if broken := int(np.isnan(found).any(axis=1).sum()):
         raise ValueError(f"logits must be numbers, they are NaN for {broken} of {len(split)} samples: train again")
-    correct = int((found.argmax(1) == split.y.numpy()).sum())
-    return correct / len(split), wilson(correct, len(split))
+    return found.argmax(1) == split.y.numpy()
 
 
 def timings(

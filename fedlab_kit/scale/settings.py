@@ -11,7 +11,7 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.runs import parts
 
-NESTED = ("teacher", "start", "start_recipe")  # travel as JSON text, "" for none
+NESTED = ("teacher", "start", "start_recipe", "missing")  # travel as JSON text, "" for none
 
 
 def write(experiment: Experiment) -> dict[str, Any]:
