@@ -23,6 +23,14 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # rounding must not cross the share
 
 
+def recall(right: np.ndarray, labels: np.ndarray, classes: int) -> tuple[float | None, ...]:
+    """Return the share of each class that was answered right, bool [n]; None for a class without a sample."""
+    import numpy as np
+
+    found = (np.bincount(which, minlength=classes).tolist() for which in (labels[right], labels))
+    return tuple(hits / total if total else None for hits, total in zip(*found, strict=True))
+
+
 def auc_interval(auc: float, positives: int, negatives: int) -> tuple[float, float]:
     """Return the 95 % interval (low, high) of an area under the ROC curve measured on so many of each class, >= 1.
 

@@ -150,6 +150,7 @@ def built_in(experiment: Experiment) -> bool:
 
 MEASURED = (
     "accuracy",
+    "missing_recall",
     "lost",
     "changed",
     "bytes",
@@ -177,9 +178,10 @@ def sweep(
     Fields belong to Experiment or Recipe; what the grid does not name comes from `experiment` and `recipe`, which is
     the uncompressed fp32 file if none is given: a sweep over train fields alone has a row, and a file, for each run.
     Rows hold the grid's fields, what was measured on the artifact (accuracy on the validation split with `low` and
-    `high`), `uplink_bytes` and `downlink_bytes` of the run, `seconds` of training, `path`, and `front`: whether no
-    other point is both smaller (zstd) and as accurate. A point that cannot be had, because its run failed or diverged
-    or its model does not allow the recipe, has a `note` that says so and NaN for what was not measured.
+    `high`, and `missing_recall` of the classes that no client holds, NaN where all are held), `uplink_bytes` and
+    `downlink_bytes` of the run, `seconds` of training, `path`, and `front`: whether no other point is both smaller
+    (zstd) and as accurate. A point that cannot be had, because its run failed or diverged or its model does not allow
+    the recipe, has a `note` that says so and NaN for what was not measured.
 
     In the place of an experiment may stand a trained module of one's own, with its `dataset`, see `compress`: the grid
     then names fields of Recipe alone, and what training took is NaN.
@@ -230,7 +232,7 @@ def measure_point(
     except Exception as error:  # whatever it was, the other points are worth their measurement
         why = f"{model} as {slug(recipe).replace('-', ' ')}: {complaint(error)}"
         return None, {**dict.fromkeys((*MEASURED, *ENDS), nan), **training, "path": None, "note": why}
-    measured = {name: getattr(artifact, name) for name in MEASURED}
+    measured = {name: nan if (value := getattr(artifact, name)) is None else value for name in MEASURED}
     ends = dict(zip(ENDS, artifact.interval + artifact.lost_interval, strict=True))
     return artifact, {**measured, **ends, **training, "path": artifact.path}
 
@@ -253,7 +255,7 @@ def _with_front(table: pandas.DataFrame) -> pandas.DataFrame:
 def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
     """Return what a table says on average over a column of the grid, usually the seed, and how far it spreads.
 
-    Points that differ in that column alone become one row: the mean of `accuracy`, of sizes, latency, traffic and
+    Points that differ in that column alone become one row: the mean of `accuracy`, recall, sizes, latency, traffic and
     seconds; `accuracy_sd`, the standard deviation; `low` and `high`, the smallest and the largest accuracy, which
     plots draw as bars; `points`, how many there were; and `front` among the means. `lost` has the 95 % interval
     `lost_low` to `lost_high` over other seeds and other samples (`statistics.crossed_loss`), NaN below eight points:
@@ -264,7 +266,10 @@ def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
         raise ValueError(f"over must be a column of the table ({', '.join(table.columns)}), got {over!r}")
     made = {*MEASURED, *TRAFFIC, *ENDS, "seconds", "path", "front", "front_share", over}
     kept = [name for name in table.columns if name not in made]
-    averaged = {name: (name, "mean") for name in ("lost", "bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")}
+    averaged = {
+        name: (name, "mean")
+        for name in ("missing_recall", "lost", "bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")
+    }
     grouped = table.dropna(subset="accuracy").assign(_all=0).groupby([*kept, "_all"], sort=False, dropna=False)
     seeds = [_lost_over(paths) for _, paths in grouped["path"]]
     means = grouped.agg(

@@ -126,6 +126,7 @@ FIGURES = {
     "zstd_bytes": 1000,
     "interval": [0.4, 0.6],
     "lost_interval": [0.0, 1.0],
+    "recall": [0.5],
     "note": "",
 }
 CARD = {"measured": FIGURES, "when": "2026-11-22T15:46:10+00:00", "machine": "Linux x86_64, 2 cores"}

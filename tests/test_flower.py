@@ -119,6 +119,7 @@ CASES = {
                     "zstd": True, "dropout": 0.2, "rounds": 5},
     "unequal devices": {"devices": "sliced", "model": "mlp"},
     "private": {"privacy": "client", "noise_multiplier": 0.3},
+    "hands without a class": {"dataset": "tiny_images", "partition": "hands", "missing": (1,)},
 }  # fmt: skip
 
 
@@ -272,7 +273,7 @@ def test_the_settings_of_flwr_run_name_every_field():
     assert settings.pop("patience") > 0 and settings.pop("modules") == ""
     assert set(settings) == set(fk.Experiment.model_fields)
     assert read(settings) == fk.Experiment(clients=2, clients_per_round=2)  # as many as Flower's simulation starts
-    nested = SMALL.replace(teacher=SMALL, start=SMALL, start_recipe=fk.Recipe(prune_ratio=0.5))
+    nested = SMALL.replace(teacher=SMALL, start=SMALL, start_recipe=fk.Recipe(prune_ratio=0.5), missing=(0, 2))
     assert read(json.loads(json.dumps(write(nested)))) == nested
 
 

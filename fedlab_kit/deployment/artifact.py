@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,14 @@ from fedlab_kit.deployment.convert import OPSETS
 from fedlab_kit.deployment.onnx_export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.deployment.subject import Subject, subject_of
-from fedlab_kit.experiment import Recipe
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError, at, is_number, read_json, sweep_up, write_bytes, write_json
 from fedlab_kit.models import Draws, flops
+from fedlab_kit.partition import data_of
 from fedlab_kit.run import Run
 from fedlab_kit.settings import complaint
 from fedlab_kit.statistics import paired_loss, wilson
+from fedlab_kit.statistics import recall as recall_by_class
 from fedlab_kit.store import when_and_where
 
 LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
@@ -43,10 +46,12 @@ class Artifact:
     """A deployed file and what was measured on it.
 
     `bytes` is the file's size, `zstd_bytes` that of `<name>.onnx.zst` beside it. `accuracy` with its 95 % `interval` is
-    the runtime's on the validation split. `latency_ms` is one raw sample's median and `latency_spread_ms` the distance
-    between its quartiles, `throughput` samples per second in batches of 64, both with `threads` threads. `sparsity` is
-    the share of zeros among the stored weights, `flops` those of the float graph on one sample. `note` says when a
-    recipe did not do what its name promises; `card` is the model card that lies beside the file.
+    the runtime's on the validation split, `recall` that of each class there (None without a sample) and
+    `missing_recall` the mean over the classes that no client holds (None where all are held). `latency_ms` is one raw
+    sample's median and `latency_spread_ms` the distance between its quartiles, `throughput` samples per second in
+    batches of 64, both with `threads` threads. `sparsity` is the share of zeros among the stored weights, `flops` those
+    of the float graph on one sample. `note` says when a recipe did not do what its name promises; `card` is the model
+    card that lies beside the file.
 
     `lost` is what the fp32 file of the same model answers better, in points of accuracy on the same samples, with its
     95 % interval `lost_interval` over samples (paired, see `statistics.paired_loss`); `changed` counts the samples that
@@ -62,6 +67,8 @@ class Artifact:
     lost: float
     lost_interval: tuple[float, float]
     changed: int
+    recall: tuple[float | None, ...]
+    missing_recall: float | None
     latency_ms: float
     latency_spread_ms: float
     throughput: float
@@ -94,11 +101,11 @@ class Artifact:
         """The data it was measured on. ValueError where they are registered under no name, or are others now."""
         if self._dataset is not None:
             return self._dataset
-        about = self.card["data"]
-        name = (self.card["experiment"] or {}).get("dataset", about["name"])
+        about, asked = self.card["data"], self.card["experiment"]
+        name = (asked or {}).get("dataset", about["name"])
         if name not in catalog.DATASETS:
             raise ValueError(f"{self.path.name} was measured on dataset {name!r}: register that with fk.dataset first")
-        found = data.load(name)
+        found = data_of(Experiment(**asked)) if asked else data.load(name)
         if found.digest != about["digest"]:
             raise ValueError(f"dataset {found.name!r} is another one now than when {self.path.name} was measured on it")
         return found
@@ -209,7 +216,7 @@ def _compress(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Ar
             "measured": {
                 "bytes": path.stat().st_size,
                 "zstd_bytes": _beside(path)[1].stat().st_size,
-                **_accuracy(classes, subject.held),
+                **_accuracy(classes, subject),
                 **_lost(before, classes, subject.held),
                 **_speed(session, subject.held),
                 "sparsity": measure.sparsity(converted),
@@ -251,6 +258,7 @@ def check_card(card: dict[str, Any]) -> None:
         *(measured[one.name] for one in fields(Artifact) if one.type in ("int", "float")),
     ]
     words = [card["when"], card["machine"], card["digest"], card["answers"], card["baseline"], measured["note"]]
+    numbers += [share for share in (*measured["recall"], measured["missing_recall"]) if share is not None]
     if not all(is_number(number) for number in numbers):
         raise TypeError(f"numbers are expected, got {numbers!r:.200}")
     if not all(isinstance(word, str) for word in words):
@@ -301,7 +309,7 @@ def _checked(path: Path, digest: str) -> bytes:
 
 
 def _artifact(path: Path, card: dict[str, Any], session: Any, dataset: data.Dataset | None) -> Artifact:
-    pairs = {name: tuple(card["measured"][name]) for name in ("interval", "lost_interval")}
+    pairs = {name: tuple(card["measured"][name]) for name in ("interval", "lost_interval", "recall")}
     measured = {**card["measured"], **pairs}
     return Artifact(path=path, digest=card["digest"], card=card, **measured, _session=session, _dataset=dataset)
 
@@ -351,9 +359,17 @@ def _about(subject: Subject, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _accuracy(classes: np.ndarray, held: data.Split) -> dict[str, Any]:
-    hits = int((classes == held.y.numpy()).sum())
-    return {"accuracy": hits / len(held), "interval": list(wilson(hits, len(held)))}
+def _accuracy(classes: np.ndarray, subject: Subject) -> dict[str, Any]:
+    truth, missing = subject.held.y.numpy(), (subject.facts["experiment"] or {}).get("missing", ())
+    right = classes == truth
+    hits, each = int(right.sum()), recall_by_class(right, truth, len(subject.dataset.classes))
+    measured = [share for label in missing if (share := each[label]) is not None]
+    return {
+        "accuracy": hits / len(truth),
+        "interval": list(wilson(hits, len(truth))),
+        "recall": list(each),
+        "missing_recall": mean(measured) if measured else None,
+    }
 
 
 def _lost(before: np.ndarray, after: np.ndarray, held: data.Split) -> dict[str, Any]:

@@ -182,7 +182,12 @@ Model = tuple[Tensor, Tensor]
 
 
 def pooled(experiment: Experiment) -> Experiment:
-    """Return the same experiment with all samples in one place: one client that holds everything and always answers."""
+    """Return the same experiment with all samples in one place: one client that holds everything and always answers.
+
+    ValueError where clients write in hands of their own: one client would write all in one.
+    """
+    if experiment.partition == "hands":
+        raise ValueError("partition must not be hands to pool the samples: a single client has a single hand")
     everything = {"partition": "iid", "clients": 1, "clients_per_round": 1, "normalization": "shared"}
     return experiment.replace(**everything, devices="equal", deadline=0.0, dropout=0.0)
 

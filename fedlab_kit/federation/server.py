@@ -42,7 +42,8 @@ class RoundRecord:
     not finite); `uplink_bytes` and `downlink_bytes` are the lengths of all payloads of this round; `seconds` is wall
     time; `cohort` the clients sampled, `uplinks` and `downlinks` the bytes of each of them, `answered` those whose
     update was used; `correct` and `total` count the validation samples per class (or per site); `refused` names the
-    clients whose payload could not be used or came late, with the reason; `note` says what else went wrong.
+    clients whose payload could not be used or came late, with the reason; `note` says what else went wrong; `recall` is
+    the share of each class that is answered right, None for a class of which nobody was held out.
     """
 
     round: int
@@ -61,6 +62,7 @@ class RoundRecord:
     downlinks: tuple[int, ...] = ()
     refused: tuple[tuple[int, str], ...] = ()
     note: str = ""
+    recall: tuple[float | None, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as a dictionary that JSON can hold."""
@@ -241,6 +243,7 @@ def _record(
         total=result.total,
         refused=refused,
         note=note,
+        recall=result.recall,
     )
 
 

@@ -24,7 +24,7 @@ from fedlab_kit.identity import Unknowable
 from fedlab_kit.runs import find, identify, parents_of, parts
 
 RECORD = "fedlab"  # the one record in every message, both ways
-NESTED = ("teacher", "start", "start_recipe")  # travel as JSON text, "" for none
+NESTED = ("teacher", "start", "start_recipe", "missing")  # travel as JSON text, "" for none
 
 
 def write(experiment: Experiment) -> dict[str, Any]:
