@@ -15,6 +15,7 @@ from fedlab_kit import runs
 from fedlab_kit.federation import rounds as loop
 from fedlab_kit.federation.client import client_step, cohort_step
 from fedlab_kit.federation.server import start
+from fedlab_kit.store import RunFolder
 
 pytest.importorskip("flwr", reason='needs Flower: pip install -c constraints.txt -e ".[scale]"')
 
@@ -23,6 +24,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from safetensors.torch import load
 
 from fedlab_kit.scale.client import RECORD, client, line, modules_of, read, write
 from fedlab_kit.scale.flower import GridExchange
@@ -234,13 +236,18 @@ def test_a_client_that_lost_its_memory_says_so_and_begins_anew():
     grid = MemoryGrid(4)
 
     def restart(record):
-        if record.round == 1:
+        if record.round == 2:
             grid.contexts[100] = grid.fresh(100)  # client 3
 
     run = on_flower(whole(SMALL.replace(downlink="int4", mask_ratio=0.5)), grid, progress=restart)
-    assert [bool(record.refused) for record in run.records] == [False, True, False, False]
-    assert run.records[1].refused == ((3, "it no longer has what it kept, and begins anew"),)
-    assert run.records[2].answered == (0, 1, 2, 3)
+    assert [bool(record.refused) for record in run.records] == [False, False, True, False]
+    assert run.records[2].refused == ((3, "it no longer has what it kept, and begins anew"),)
+    assert run.records[3].answered == (0, 1, 2, 3)
+    folder = RunFolder(run.path)
+    folder.load(run.task)
+    for one in range(4):  # the server knows what each holds
+        kept = grid.contexts[100 + 3 - one].state.config_records[f"{run.key}/{one}"]
+        assert torch.equal(load(kept["4"])["copy"], folder.copies[one]["copy"])
 
 
 def test_stop_ends_the_wait_without_a_record():

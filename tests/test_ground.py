@@ -253,6 +253,8 @@ def test_what_was_refused_did_not_happen(how, when):
     assert torch.equal(damaged[-1][0].weights, missing[-1][0].weights)
     assert {c: set(m) for c, m in there.items()} == {c: set(m) for c, m in here.items()}
     assert all(torch.equal(there[c][name], here[c][name]) for c in there for name in there[c])
+    copies = damaged[-1][0].copies  # what the server takes each client to hold is what it holds
+    assert all(torch.equal(there[c]["copy"], copies[c]["copy"]) for c in there if "copy" in there[c])
 
 
 def test_a_payload_of_nobodys_client_is_refused():

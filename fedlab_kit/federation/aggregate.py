@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 
 import torch
@@ -19,6 +20,7 @@ OptimizerState = dict[str, Tensor]
 
 Strategy = Callable[[Experiment, OptimizerState, Tensor], tuple[Tensor, OptimizerState]]
 PUBLIC_BATCH = 20
+CROWD, ABSURD = 3, 100  # updates from which on one may be called absurd, and by how many medians
 
 
 def average(experiment: Experiment, optimizer: OptimizerState, mean: Tensor) -> tuple[Tensor, OptimizerState]:
@@ -117,6 +119,19 @@ def median(updates: list[Tensor]) -> Tensor:
     """Return the median of updates [P], entry by entry: a few poisoned ones cannot move it far (Yin et al. 2018)."""
     ordered, half = torch.stack(updates).sort(0).values, len(updates) // 2
     return ordered[half] if len(updates) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def absurd(updates: Mapping[int, ClientUpdate]) -> dict[int, str]:
+    """Return the clients, of three or more, one of whose vectors is above 100 times as long as the cohort's median."""
+    found: dict[int, str] = {}
+    for part in ("update", "state", "control") if len(updates) >= CROWD else ():
+        vectors = {client: getattr(update, part) for client, update in updates.items()}
+        lengths = {client: float(vector.norm()) for client, vector in vectors.items() if vector is not None}
+        usual = statistics.median(lengths.values()) if lengths else 0.0
+        for client, length in lengths.items():
+            if not length <= ABSURD * usual and usual > 0:
+                found[client] = f"its {part} is {length / usual:,.0f} times as long as the median of the cohort"
+    return found
 
 
 def distil_ensemble(

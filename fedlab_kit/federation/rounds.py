@@ -11,10 +11,17 @@ from typing import NamedTuple
 
 import torch
 
-from fedlab_kit.federation import server
 from fedlab_kit.federation.client import Stopped, cohort_step, stoppable
 from fedlab_kit.federation.messages import ClientState
-from fedlab_kit.federation.server import RoundRecord, ServerState, answering, broadcast, select, server_step
+from fedlab_kit.federation.server import (
+    RoundRecord,
+    ServerState,
+    answering,
+    broadcast,
+    note_copies,
+    select,
+    server_step,
+)
 from fedlab_kit.federation.setup import Task
 
 
@@ -70,7 +77,7 @@ def play(
                 sent = {client: b"" if client in came.unreached else m for client, m in messages.items()}
                 own = None if task.shared is None else {**clients, **came.kept}
                 after, record = server_step(state, sent, came.payloads, came.silent, own)
-                server.note_copies(state, sent, record.answered, came.lost)
+                note_copies(state, sent, record.answered, came.lost)
         except Stopped:
             return
         # What was refused did not happen: that client goes on from what it kept before.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from math import isfinite
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation import setup
-from fedlab_kit.federation.aggregate import OptimizerState, aggregate, mean
+from fedlab_kit.federation.aggregate import OptimizerState, absurd, aggregate, mean
 from fedlab_kit.federation.devices import client_mask, lateness, width
 from fedlab_kit.federation.masking import adjusts, first_mask, next_mask
 from fedlab_kit.federation.messages import (
@@ -30,7 +29,6 @@ from fedlab_kit.federation.setup import Evaluation, Task, rng_for
 from fedlab_kit.wire import PayloadError
 from fedlab_kit.wire.privacy import poisson_sample
 
-CROWD, ABSURD = 3, 100  # updates from which on one may be called absurd, and by how many medians
 FLAGS = ("has_mask", "has_teacher")  # optimizer state: which clients are known to have them, bool [clients]
 
 
@@ -162,19 +160,13 @@ def broadcast(state: ServerState, ids: list[int]) -> dict[int, bytes]:
     return messages
 
 
-def note_copies(
-    state: ServerState, sent: Mapping[int, bytes], answered: Collection[int], lost: Collection[int] = ()
-) -> None:
-    """Note what clients hold now: those who `answered` what was `sent` in the round after `state`, those who `lost` it.
-
-    The server opens its own message, as the client did.
-    """
+def note_copies(state: ServerState, sent: Mapping[int, bytes], answered: Iterable[int], lost: Iterable[int]) -> None:
+    """Note what clients hold after the round: those who `answered` open what was `sent`, and so does the server."""
     if state.experiment.downlink == "fp32":
         return
-    mask = state.optimizer.get("mask")
+    masked = {"mask": state.optimizer["mask"]} if "mask" in state.optimizer else {}
     for client in answered:
-        known = state.copies.get(client, {}) | ({} if mask is None else {"mask": mask})
-        got = open_broadcast(state.task, client, sent[client], known)
+        got = open_broadcast(state.task, client, sent[client], {**state.copies.get(client, {}), **masked})
         state.copies[client] = {"copy": got.weights.cpu()}
     state.copies.update({client: {} for client in lost})
 
@@ -271,19 +263,6 @@ def _receive(
         del updates[client]
         refused[client] = why
     return updates, refused
-
-
-def absurd(updates: Mapping[int, ClientUpdate]) -> dict[int, str]:
-    """Return the clients, of three or more, one of whose vectors is above 100 times as long as the cohort's median."""
-    found: dict[int, str] = {}
-    for part in ("update", "state", "control") if len(updates) >= CROWD else ():
-        vectors = {client: getattr(update, part) for client, update in updates.items()}
-        lengths = {client: float(vector.norm()) for client, vector in vectors.items() if vector is not None}
-        usual = median(lengths.values()) if lengths else 0.0
-        for client, length in lengths.items():
-            if not length <= ABSURD * usual and usual > 0:
-                found[client] = f"its {part} is {length / usual:,.0f} times as long as the median of the cohort"
-    return found
 
 
 def _prune(
