@@ -9,7 +9,7 @@ from fedlab_kit import site_tables as site_tables  # registers its data sets
 from fedlab_kit.catalog import dataset, model
 from fedlab_kit.data import Dataset, Preprocess, Split
 from fedlab_kit.deployment.artifact import Artifact, compress
-from fedlab_kit.deployment.selection import choose
+from fedlab_kit.deployment.measure import choose
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab.exercises import check

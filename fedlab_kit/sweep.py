@@ -21,7 +21,7 @@ from torch import nn
 from fedlab_kit import catalog
 from fedlab_kit.data import Dataset
 from fedlab_kit.deployment.artifact import Artifact, compress, recall, slug
-from fedlab_kit.deployment.selection import pareto
+from fedlab_kit.deployment.measure import pareto
 from fedlab_kit.deployment.subject import Subject, subject_of
 from fedlab_kit.experiment import Clash, Experiment, Recipe, complaint
 from fedlab_kit.files import ROOT, StoreError

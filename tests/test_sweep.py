@@ -15,7 +15,7 @@ import fedlab_kit as fk
 from fedlab_kit import runs
 from fedlab_kit.deployment import artifact, measure
 from fedlab_kit.deployment.artifact import load
-from fedlab_kit.deployment.selection import choose, front
+from fedlab_kit.deployment.measure import choose, front
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.compressor import Compressor
 from fedlab_kit.lab.marks import Marks

@@ -116,7 +116,7 @@ def plan_channels(
         try:
             groups = list(_groups(model, sample, ratio, multiple))[::-1]
         except Exception as error:  # whatever a library that follows autograd's graph may stumble on
-            raise ValueError(f"{remedy} cannot follow it ({_line(error)})") from error
+            raise ValueError(f"{remedy} cannot follow it ({first_line(error)})") from error
         for group in groups:
             if group.cuts and _kept(group, ratio, multiple) == 0:
                 raise ValueError(
@@ -194,7 +194,7 @@ def _groups(model: nn.Module, sample: Tensor, ratio: float, multiple: int) -> It
             joined = any(dep.layer is entry for dep in shrinking)  # added to the inputs, which stay as they are
             group = group._replace(width=0) if joined else _proposal(graph, whole, names, group, ratio, multiple)
         except Exception as error:
-            group = group._replace(fault=_line(error))
+            group = group._replace(fault=first_line(error))
         yield group
 
 
@@ -277,7 +277,7 @@ def _fault(model: nn.Module, sample: Tensor, groups: list[Group]) -> str:
     except AssertionError:
         return "it answers something else"
     except Exception as error:
-        return _line(error)
+        return first_line(error)
     return ""
 
 
@@ -319,5 +319,6 @@ def _some(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's complaint, or its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -41,8 +41,7 @@ def evaluate(artifacts: Mapping[str, Artifact] | Artifact, split: str = "validat
     Columns: `artifact`, `site`, `patients`, `positive`; `accuracy`, `auc`, `sensitivity`, `specificity`, `brier` (the
     Brier score) and `calibration` (mean risk minus the share that is positive), each with its 95 % interval in
     `<name>_low` and `<name>_high`, NaN where not estimable, which `note` explains; what the file costs (`latency_ms`,
-    `bytes`, `zstd_bytes`) and what its training sent, NaN for a module of one's own. Raises ValueError for an unknown
-    split or more than two classes.
+    `bytes`, `zstd_bytes`) and what its training sent, NaN for a module of one's own. ValueError for an unknown split.
     """
     import pandas
 
@@ -93,7 +92,7 @@ def compare(
     `of` is "accuracy", "sensitivity" or "specificity". `loss` is a share of the patients that count, with its 95 %
     interval `low` to `high`; `p` is McNemar's exact test against "nothing lost". `verdict`: "hurt" when p is at most
     0.05 over the number of sites; else "unclear" when the interval reaches a loss of 5 points; else "fine"; "not
-    estimable" below five patients. A good row for all patients excuses no hospital. Raises ValueError for another `of`.
+    estimable" below five patients. Raises ValueError for another `of`.
     """
     import pandas
 
@@ -185,10 +184,8 @@ def alone(experiment: Experiment, client: int, start: Model | None = None, round
     From the first weights of the experiment, for as many rounds as it has: what a client gets that takes no part. From
     the final model of a run for a few `rounds`: personal fine-tuning. Raises PayloadError when it diverges.
     """
-    own = experiment.replace(
-        strategy="fedavg", uplink="fp32", downlink="fp32", mask_ratio=0.0, devices="equal", teacher=None,
-        normalization="shared",
-    )  # fmt: skip
+    plain = {"strategy": "fedavg", "uplink": "fp32", "downlink": "fp32", "normalization": "shared"}
+    own = experiment.replace(**plain, mask_ratio=0.0, devices="equal", teacher=None)
     job = task(own, parents_of(own))
     mask = first_mask(job)
     memory = {} if mask is None else {"mask": mask}
@@ -205,8 +202,7 @@ def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
     """Return each site's accuracy on its own validation samples, four ways; the last row is all patients together.
 
     Columns: `patients`; `alone` (a model of its own), `federated`, `tuned` (the federated model after `tuning` more
-    rounds at the site alone) and `pooled`. Each way passes over its data as often as the experiment does. Raises
-    ValueError unless the clients are sites.
+    rounds at the site alone) and `pooled`. Raises ValueError unless the clients are sites.
     """
     import pandas
 

@@ -1,31 +1,37 @@
-"""What is measured on a deployed file: accuracy, latency, and the zeros among its weights."""
+"""What is measured on a deployed file: accuracy, latency, size, zeros among its weights; and which points are best."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from math import inf
-from pathlib import Path
+from math import inf, isfinite
 from statistics import quantiles
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from fedlab_kit.data import Split
+from fedlab_kit.deployment.score import THREADS
+from fedlab_kit.deployment.score import open_session as open_session
 from fedlab_kit.statistics import wilson
 
-THREADS = 1  # of the runtime, in every measurement
+if TYPE_CHECKING:
+    import pandas
+
 BATCH = 64  # samples at once where throughput counts
 WHOLE = 100  # samples at once where accuracy counts: more are no quicker, and a large network's would fill the memory
+LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
+LARGE, QUICK = 4_000_000, 3  # bytes above which level 18 takes seconds, and the level there: a quarter second for 44 MB
+SMALL, SHORT = 500_000, {"chain_log": 16, "hash_log": 16, "search_log": 4}  # above: within 0.3 % in half the time
 RUNTIMES = (("1.17", 20, 9), ("1.18", 21, 10), ("1.21", 22, 10), ("1.23", 23, 11), ("1.24", 25, 13))
 """Releases of onnxruntime, and the newest opset and IR version that each opens: published (onnxruntime.ai, reference,
 compatibility), and tried here from 1.17.3 to 1.24.1."""
-SINCE = (
-    dict.fromkeys(("INT4", "UINT4"), "1.19") | {"8 bits": "1.23"} | dict.fromkeys(("INT2", "UINT2", "2 bits"), "1.24")
-)
+SINCE = {"INT4": "1.19", "UINT4": "1.19", "8 bits": "1.23", "INT2": "1.24", "UINT2": "1.24", "2 bits": "1.24"}
 """Kinds of stored codes, and of MatMulNBits, that need a later release than their opset; tried likewise."""
+FLOORS = ("accuracy", "low", "throughput", "sensitivity", "specificity", "auc", "lowest_accuracy")
+"""Columns of which more is better; a budget on them is a floor, on every other column a ceiling."""
 
 
 class Timing(NamedTuple):
@@ -33,18 +39,6 @@ class Timing(NamedTuple):
 
     median: float
     spread: float
-
-
-def open_session(content: bytes | Path, optimize: bool = True) -> Any:
-    """Open a file or its bytes in onnxruntime, on the CPU, with one thread; without `optimize` as its nodes say."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = THREADS
-    options.log_severity_level = 3
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def oldest_runtime(graph: Any) -> str:
@@ -55,8 +49,7 @@ def oldest_runtime(graph: Any) -> str:
     opset = max(one.version for one in graph.opset_import if one.domain in ("", "ai.onnx"))
     opens = [release for release, newest, ir in RUNTIMES if opset <= newest and graph.ir_version <= ir]
     kinds = [TensorProto.DataType.Name(tensor.data_type) for tensor in graph.graph.initializer]
-    packed = [node for node in graph.graph.node if node.op_type == "MatMulNBits"]
-    kinds += [f"{a.i} bits" for node in packed for a in node.attribute if a.name == "bits"]
+    kinds += [f"{attributes(node)['bits']} bits" for node in graph.graph.node if node.op_type == "MatMulNBits"]
     releases = [*(opens or [here])[:1], *(SINCE[kind] for kind in kinds if kind in SINCE)]
     return max(releases, key=lambda release: [int(number) for number in release.split(".")[:2]])
 
@@ -90,8 +83,7 @@ def timings(
     """Time several calls in turns, so that a disturbance of the machine meets them all alike.
 
     Each runs once untimed, then in turns until `seconds` per call have passed and each ran `least` times, or `most`
-    seconds per call have. A turn begins untimed: the call before has filled the cache with weights of its own, as it
-    would not in service.
+    seconds per call have. A turn begins untimed: the call before has filled the cache with weights of its own.
     """
     for call in calls:
         call()
@@ -119,6 +111,28 @@ def latencies(sessions: Sequence[Any], x: Tensor | np.ndarray, seconds: float = 
     return timings([partial(session.run, None, {"x": raw}) for session in sessions], seconds, most=10 * seconds)
 
 
+def speed(session: Any, held: Split) -> dict[str, Any]:
+    """Return a session's latency on one sample and its throughput on many, as they stand on the card."""
+    [one] = latencies([session], held.x[:1])
+    [many] = latencies([session], held.x[np.arange(BATCH) % len(held)])
+    return {
+        "latency_ms": one.median * 1e3,
+        "latency_spread_ms": one.spread * 1e3,
+        "throughput": BATCH / many.median,
+        "threads": THREADS,
+    }
+
+
+def squeeze(content: bytes) -> tuple[bytes, int]:
+    """Return a file's bytes as zstandard packs them, and its level: the best would take seconds for a large file."""
+    import zstandard
+
+    level = LEVEL if len(content) <= LARGE else QUICK
+    tables = SHORT if SMALL < len(content) <= LARGE else {}
+    settings = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(content), **tables)
+    return zstandard.ZstdCompressor(compression_params=settings).compress(content), level
+
+
 # Where a node takes weights in; the rest of its inputs are activations, biases and settings.
 WEIGHT_INPUTS = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"), (1,)),
@@ -128,13 +142,11 @@ WEIGHT_INPUTS = {
 _DECODING = ("Cast", "Mul", "DequantizeLinear", "Transpose")  # what stored weights pass through on their way to a node
 
 
-def sparsity(graph: Any) -> float:
-    """Return the share of zeros among all weights of an onnx.ModelProto, float or quantized (code zero).
+def attributes(node: Any) -> dict[str, Any]:
+    """Return the attributes of an ONNX node by name, as values of Python."""
+    from onnx.helper import get_attribute_value
 
-    Shared weights count once.
-    """
-    weights = stored_weights(graph).values()
-    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.size for w in weights))
+    return {attribute.name: get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def stored_weights(graph: Any) -> dict[str, np.ndarray]:
@@ -155,3 +167,66 @@ def stored_weights(graph: Any) -> dict[str, np.ndarray]:
             if name in stored and len(stored[name].dims) > 1 and name not in weights:
                 weights[name] = numpy_helper.to_array(stored[name])
     return weights
+
+
+def sparsity(graph: Any) -> float:
+    """Return the share of zeros among all weights of an onnx.ModelProto, float or code zero; shared ones count once."""
+    weights = stored_weights(graph).values()
+    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.size for w in weights))
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the (cost, gain) pairs that no other beats, by rising cost and each once: the Pareto front.
+
+    A pair is beaten when another costs no more and gains no less, and is better in one of the two; a NaN is left out.
+    """
+    found: list[tuple[float, float]] = []
+    finite = [point for point in points if isfinite(point[0]) and isfinite(point[1])]
+    for cost, gain in sorted(finite, key=lambda point: (point[0], -point[1])):
+        if gain > (found[-1][1] if found else -inf):
+            found.append((cost, gain))
+    return found
+
+
+def pareto(cost: Iterable[float], gain: Iterable[float]) -> list[bool]:
+    """Say for each point whether it is on the front; equal points are both on it."""
+    points = list(zip(cost, gain, strict=True))
+    best = set(front(points))
+    return [point in best for point in points]
+
+
+def choose(table: pandas.DataFrame, **budget: float) -> pandas.Series:
+    """Return the row of highest accuracy among those within the budget, the smaller file on a tie.
+
+    `choose(table, bytes=50_000, latency_ms=1.0)`; names are columns of a table made by `sweep`, or of what
+    `evaluate.with_rates` adds to it. Raises ValueError for a column that the table lacks, and, when nothing fits, says
+    which limit leaves nothing and what comes nearest.
+    """
+    if unknown := sorted(budget.keys() - set(table.columns)):
+        raise ValueError(f"budget must name columns of the table ({', '.join(table.columns)}), got {unknown[0]!r}")
+    fitting = table
+    for name, limit in budget.items():
+        column = fitting[name]
+        side, left, nearest = ("at most", column <= limit, column.min())
+        if name in FLOORS:
+            side, left, nearest = ("at least", column >= limit, column.max())
+        if not left.any():
+            raise ValueError(f"no point has {name} {side} {limit:g}; the nearest has {nearest:g}")
+        fitting = fitting[left]
+    return fitting.sort_values(["accuracy", "bytes"], ascending=[False, True]).iloc[0]
+
+
+def plan(table: pandas.DataFrame, budgets: Mapping[str, Mapping[str, float]]) -> pandas.DataFrame:
+    """Choose for each class of devices: `plan(table, {"tablet": {"bytes": 9_000, "sensitivity": 0.9}})`.
+
+    Returns a row a class, indexed by its name. Raises ValueError as `choose` does, naming the class.
+    """
+    import pandas
+
+    chosen = {}
+    for device, budget in budgets.items():
+        try:
+            chosen[device] = choose(table, **budget)
+        except ValueError as error:
+            raise ValueError(f"device class {device!r}: {error}") from None
+    return pandas.DataFrame.from_dict(chosen, orient="index")

@@ -1,12 +1,8 @@
 """A trained module as an ONNX graph: raw values in, logits out, the same bytes on every machine.
 
-torch's exporter takes a second and more. It runs once for each computation, without the weights: no pass can see them,
-and so none gets into what is kept. Every file then gets its own weights, and what can be computed from weights alone
-(BatchNorm behind a convolution, the gates of a GRU in ONNX's order) is computed for that file.
-
-A computation is told by what the model does, not by what it is called: which functions of torch it calls, in which
-order, with which values. Attributes, branches, closures and edited code all show there. Every graph is checked against
-torch before use.
+torch's exporter takes a second and more. It runs once for each computation, told by which functions of torch the model
+calls, in which order, with which values; without the weights, so that no pass can see them. Every file then gets its
+own, and what follows from weights alone (BatchNorm behind a convolution, say) is computed for that file.
 """
 
 from __future__ import annotations
@@ -14,8 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from hashlib import sha256
 from io import StringIO
 from itertools import count, product
@@ -25,10 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from fedlab_kit.compression.channels import TURN
+from fedlab_kit.compression.channels import TURN, first_line
 from fedlab_kit.data import Preprocess
+from fedlab_kit.deployment.score import open_session
 
 KEPT = 32  # graphs in the cache
 CHECKED = 64  # samples on which torch and the exported graph must agree
@@ -38,10 +36,20 @@ _skeletons: dict[tuple[Any, ...], Any] = {}
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _WINDOWS = dict.fromkeys(("Conv", "ConvTranspose", "MaxPool", "AveragePool"), ("strides", "dilations", "pads"))
 _TALKERS = ("torch.onnx", "torch.export", "torch.fx", "torch._guards", "torch._dynamo", "onnx_ir", "onnxscript")
-_PLAIN = (
-    type(None), bool, int, float, complex, str, slice, type(...),
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
+_VALUES = (type(None), bool, int, float, complex, str, slice, type(...))
+_PLAIN = (*_VALUES, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+_STUMBLES: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (lambda layer: isinstance(layer, torch.jit.ScriptModule), "is scripted: put the module itself in its place"),
+    (lambda layer: isinstance(layer, nn.EmbeddingBag), "is an EmbeddingBag: put an nn.Embedding and a mean there"),
+    (lambda layer: isinstance(layer, nn.LSTM) and layer.proj_size > 0, "has a proj_size: leave that out"),
+    (lambda layer: isinstance(layer, nn.TransformerEncoder), "may take a mask: call it with is_causal= beside mask="),
+    (
+        lambda layer: any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()),
+        "has torch's old weight_norm: use torch.nn.utils.parametrizations.weight_norm",
+    ),
+)
 
 
 class Deployed(nn.Module):
@@ -61,10 +69,9 @@ class Deployed(nn.Module):
 
 
 class Trace(TorchFunctionMode):
-    """Writes down every call of torch inside it: the function, its arguments by value, and where each tensor is from.
+    """Writes down every call of torch inside it: in `calls` the function and its arguments by value, in `sizes` shapes.
 
-    `calls` leaves out how large the tensors are, which `sizes` has. A tensor is known by its name in `tensors`, or as
-    the result of an earlier call; any other one counts by its values.
+    A tensor is known by its name in `tensors`, or as the result of an earlier call; any other one by its values.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -100,11 +107,10 @@ class Trace(TorchFunctionMode):
 
 
 def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
-    """Export a model to an onnx.ModelProto with input "x" (raw, like `sample` [n, ...]) and output "logits".
+    """Export a model to an onnx.ModelProto with input "x" (raw, like `sample` [n, ...], n free) and output "logits".
 
-    The batch size is free; initializers and values have readable names, which `clean` shortens. The result is trusted
-    only after onnxruntime has agreed with torch on `CHECKED` of the samples and on two made of their extreme values.
-    Raises ValueError for a model that cannot be exported.
+    It is trusted only after onnxruntime has agreed with torch on `CHECKED` of the samples and on two made of their
+    extreme values. Names are readable; `clean` shortens them. Raises ValueError for a model that cannot be exported.
     """
     deployed = Deployed(copy.deepcopy(model).cpu(), preprocess, sample.ndim).eval()
     probes = torch.cat([sample[:: -(-len(sample) // CHECKED)], sample.amin(0)[None], sample.amax(0)[None]])
@@ -114,13 +120,21 @@ def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
         tensors = {name: t for name, t in deployed.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
         keys = _keys(deployed, tensors, x)
         for known in [_skeletons[key] for key in keys if key in _skeletons]:
-            graph = _fitting(known, tensors)
-            if graph is not None and _agreement(graph, probes, expected) == 1:
-                return graph
-        skeleton = _skeleton(deployed, tensors, x)
-        graph = _fill(skeleton, tensors)
-        if _agreement(graph, probes, expected) < AGREE:
-            raise ValueError(f"model {type(model).__name__} cannot be exported: its ONNX graph gives other outputs")
+            with suppress(Exception):  # tensors of other sizes may not fit, which passes and runtime say in many ways
+                graph = _fill(known, tensors)
+                if _agreement(graph, probes, expected) == 1:
+                    return graph
+        try:
+            skeleton = _skeleton(deployed, tensors, x)
+            graph = _fill(skeleton, tensors)
+            if _agreement(graph, probes, expected) < AGREE:
+                raise ValueError("its graph gives other outputs")
+        except Exception as error:  # of exporter, passes or runtime, and of any type
+            cause: BaseException = error
+            while cause.__cause__:
+                cause = cause.__cause__
+            why = f"{first_line(cause)}{remedy(model)}"
+            raise ValueError(f"model {type(model).__name__} cannot be exported to ONNX: {why}") from error
         _skeletons[keys[0]] = skeleton
         _skeletons.setdefault(keys[1], skeleton)
         while len(_skeletons) > KEPT:
@@ -129,29 +143,27 @@ def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
 
 
 def clean(graph: Any) -> Any:
-    """Return a graph without what differs between machines or serves nobody at run time, under the shortest names.
+    """Return a graph under the shortest names, without what differs between machines or serves nobody at run time.
 
-    Producer, paths, notes, names of nodes, value shapes and attributes that say what holds anyway go, and unused
-    nodes; nodes are sorted. All tensors are stored as raw bytes, so that the size does not depend on their values.
+    Names of nodes, value shapes and attributes that say what holds anyway go too. All tensors are stored as raw bytes,
+    so that the size does not depend on their values.
     """
     import onnx_ir
-
-    cleaned = _finish(onnx_ir.from_proto(graph), short=True)
-    version = {one.domain: one.version for one in cleaned.opset_import}
-    for node in (node for node in cleaned.graph.node if not node.domain):
-        said = [attribute for attribute in node.attribute if not _by_default(node.op_type, version[""], attribute)]
-        del node.attribute[:]
-        node.attribute.extend(said)
-    return cleaned
-
-
-def _by_default(kind: str, version: int, attribute: Any) -> bool:
-    """Whether a node of ONNX's own operators, of that version, does the same without an attribute."""
     from onnx import defs
 
-    if kind in _WINDOWS and attribute.name in _WINDOWS[kind]:
-        return set(attribute.ints) <= {0 if attribute.name == "pads" else 1}
-    return bool(attribute == defs.get_schema(kind, version).attributes[attribute.name].default_value)
+    cleaned = _finish(onnx_ir.from_proto(graph), short=True)
+    version = {one.domain: one.version for one in cleaned.opset_import}[""]
+
+    def said(kind: str, attribute: Any) -> bool:
+        if attribute.name in _WINDOWS.get(kind, ()):
+            return not set(attribute.ints) <= {0 if attribute.name == "pads" else 1}
+        return attribute != defs.get_schema(kind, version).attributes[attribute.name].default_value
+
+    for node in (node for node in cleaned.graph.node if not node.domain):
+        kept = [attribute for attribute in node.attribute if said(node.op_type, attribute)]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    return cleaned
 
 
 def _keys(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -168,7 +180,7 @@ def _skeleton(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> Any:
     from onnx_ir.passes.common import ShapeInferencePass
     from onnxscript import optimizer
 
-    with _quiet():
+    with quiet():
         model = _torch_export(deployed, x)
         for name in tensors.keys() & model.graph.initializers.keys():
             model.graph.initializers[name].const_value = None
@@ -210,18 +222,10 @@ def _fill(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     for value in stored.values():
         value.shape = value.const_value.shape
     limits = dict.fromkeys(("input_size_limit", "output_size_limit"), 1 << 62)
-    with _quiet():
+    with quiet():
         optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=_worth_it, **limits)
         rewriter.rewrite(model, [getattr(common, f"fuse_batchnorm_into_{layer}_rule") for layer in _LAYERS])
     return _finish(model)
-
-
-def _fitting(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """Fill a skeleton that may be of other sizes; None where these tensors do not fit into it."""
-    try:
-        return _fill(skeleton, tensors)
-    except Exception:
-        return None
 
 
 def _worth_it(node: Any) -> bool | None:
@@ -230,7 +234,7 @@ def _worth_it(node: Any) -> bool | None:
 
 
 def _torch_export(deployed: Deployed, x: Tensor) -> Any:
-    """Export, with a free batch, to an onnx_ir.Model. Raises ValueError with torch's innermost complaint."""
+    """Export, with a free batch, to an onnx_ir.Model. Raises whatever torch raises."""
     free, failures = ({0: torch.export.Dim("batch")},), []
     for strict in (False, True):  # the second reads bytecode, which takes longer and understands more
         try:
@@ -240,11 +244,16 @@ def _torch_export(deployed: Deployed, x: Tensor) -> Any:
             return program.model
         except Exception as error:
             failures.append(error)
-    cause: BaseException = failures[0]
-    while cause.__cause__:
-        cause = cause.__cause__
-    why = " ".join(str(cause).split()) or type(cause).__name__
-    raise ValueError(f"model {type(deployed.model).__name__} cannot be exported to ONNX: {why:.240}") from failures[0]
+    raise failures[0]
+
+
+def remedy(model: nn.Module) -> str:
+    """Name a layer that exporters are known to stumble over and say what to do; "" where there is none."""
+    for name, layer in model.named_modules():
+        for is_so, advice in _STUMBLES:
+            if is_so(layer):
+                return f"; {name or 'it'} {advice}"
+    return ""
 
 
 def _finish(model: Any, short: bool = False) -> Any:
@@ -287,33 +296,28 @@ def _rename(graph: Any, short: bool) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep exporter and optimizer from printing: what they say is about themselves, and errors are raised anyway."""
-    loggers = [logging.getLogger(name) for name in _TALKERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+def quiet() -> Iterator[None]:
+    """Keep exporter, optimizer and quantizers from printing, and the whole process's logging as it was.
+
+    What they say is about themselves; errors are raised anyway.
+    """
+    root, talkers = logging.getLogger(), [logging.getLogger(name) for name in _TALKERS]
+    handlers, levels = root.handlers[:], {logger: logger.level for logger in (root, *talkers)}
+    for logger in talkers:
         logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        root.handlers[:] = handlers
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 
 def _agreement(graph: Any, raw: Tensor, expected: np.ndarray) -> float:
     """Return the share of raw samples for which onnxruntime gives torch's logits."""
-    import onnxruntime
-
-    options, quiet = onnxruntime.SessionOptions(), onnxruntime.RunOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = quiet.log_severity_level = 4  # a cached graph that tensors do not fit is no news
-    try:
-        session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        found = session.run(None, {"x": raw.numpy()}, quiet)[0]
-    except Exception:
-        return 0.0
+    found = open_session(graph.SerializeToString()).run(None, {"x": raw.numpy()})[0]
     if found.shape != expected.shape:
         return 0.0
     scale = np.abs(expected).max(axis=1, initial=1.0, keepdims=True)

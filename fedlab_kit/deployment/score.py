@@ -29,6 +29,7 @@ if "onnxruntime" in sys.modules and os.environ.get(SILENT, "").lower() not in ("
     warnings.warn(f"onnxruntime was imported first and reports to its maker: set {SILENT}=1 and restart", stacklevel=2)
 os.environ[SILENT] = "1"
 
+THREADS = 1  # of the runtime
 FAR = 20.0  # standard deviations from the training mean: a wrong unit, not a patient
 LARGEST = 2 << 30  # bytes: no ONNX file is larger
 TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)"}
@@ -38,18 +39,14 @@ class Model:
     """An artifact that was opened to score; `card` says what it is. Raises ValueError naming a damaged file."""
 
     def __init__(self, path: str | Path) -> None:
-        import onnxruntime
-
         content, self.card = read(path)
         if not _is_whole(self.card):
             raise ValueError(f"the model card of {path} is damaged: compress again")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what is wrong is raised, and need not be printed as well
         try:
-            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self._session = open_session(content)
         except Exception as error:  # onnxruntime's own are no class of Python's
-            raise ValueError(f"{path} is nothing that onnxruntime {onnxruntime.__version__} opens: {error}") from error
+            here = sys.modules["onnxruntime"].__version__
+            raise ValueError(f"{path} is nothing that onnxruntime {here} opens: {error}") from error
         wanted = self.card["input"]
         expected = [(wanted["name"], TYPES.get(wanted["dtype"]), wanted["shape"])]
         found = [(each.name, each.type, list(each.shape[1:])) for each in self._session.get_inputs()]
@@ -87,6 +84,18 @@ class Model:
         return probabilities(logits)
 
 
+def open_session(content: bytes | Path, optimize: bool = True) -> Any:
+    """Open a file or its bytes in onnxruntime, on the CPU, with one thread; without `optimize` as its nodes say."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = THREADS
+    options.log_severity_level = 4  # what is wrong is raised, and need not be printed as well
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
 def read(path: str | Path, largest: int = LARGEST) -> tuple[bytes, dict[str, Any]]:
     """Return an artifact's bytes and its card. Raises ValueError naming what is missing, too large, cut or altered."""
     card_file = Path(f"{path}.json")
@@ -107,14 +116,13 @@ def read(path: str | Path, largest: int = LARGEST) -> tuple[bytes, dict[str, Any
 
 def _content(path: Path, largest: int) -> bytes:
     """Return the bytes of a file, waiting for nobody. ValueError for what is too large, a pipe, a device, a folder."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path.name} is no regular file")
+    if found.st_size > largest:
+        raise ValueError(f"{path.name} is larger than {largest:,} bytes")
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # another one since
-            raise ValueError(f"{path.name} is no regular file")
-        if os.fstat(file.fileno()).st_size > largest or len(content := file.read(largest + 1)) > largest:
-            raise ValueError(f"{path.name} is larger than {largest:,} bytes")
-        return content
+        return file.read(found.st_size)  # should it be another one since, its digest tells
 
 
 def _is_whole(card: Mapping[str, Any]) -> bool:

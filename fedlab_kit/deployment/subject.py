@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from fedlab_kit import data
 from fedlab_kit.catalog import Unknowable, fingerprint
 from fedlab_kit.data import Dataset, Split
+from fedlab_kit.deployment.onnx_export import remedy
 from fedlab_kit.experiment import Recipe, complaint
 from fedlab_kit.files import file_name
 from fedlab_kit.models import Draws, check_output
@@ -31,9 +32,9 @@ STRANGER = "a trained module of one's own: it comes from no federation, and how 
 class Subject:
     """A trained model on the CPU, in evaluation mode, that compressing leaves as it is.
 
-    `held` is what files are measured on, `calibration` each client's raw samples, `stem` begins the files' names, they
-    go to `home / "artifacts"`; `facts` are the card's words on where it comes from, `privacy` those on what it gives
-    away. `lasting` says whether what is made of it can be found again by its facts.
+    `held` is what files are measured on, `calibration` each client's raw samples; files go to `home / "artifacts"` and
+    their names begin with `stem`. `facts` are the card's words on where it comes from, `privacy` those on what it gives
+    away; `lasting` says whether what is made of it can be found again by its facts.
     """
 
     name: str
@@ -46,6 +47,27 @@ class Subject:
     facts: dict[str, Any]
     privacy: Callable[[Recipe], dict[str, Any]]
     lasting: bool = True
+
+    def about(self, recipe: Recipe) -> dict[str, Any]:
+        """The part of the card that says where a file comes from, what it is and what to feed it."""
+        known = self.dataset
+        described = {"name": known.name, "digest": known.digest}
+        return {
+            **self.facts,
+            "recipe": recipe.model_dump(mode="json"),
+            "data": {**described, "classes": list(known.classes), "sites": list(known.sites)},
+            "privacy": self.privacy(recipe),
+            "preprocess": known.preprocess.to_dict(),
+            "input": {
+                "name": "x",
+                "dtype": str(known.train.x.dtype).removeprefix("torch."),
+                "batch": "any",
+                "shape": list(known.shape),
+                "features": list(known.features),
+                "meaning": "a batch of raw values as stored; the graph preprocesses them",
+            },
+            "output": {"name": "logits", "shape": [len(known.classes)]},
+        }
 
 
 def subject_of(model: Any, client: int | None = None, dataset: Dataset | str | None = None) -> Subject:
@@ -65,7 +87,17 @@ def subject_of(model: Any, client: int | None = None, dataset: Dataset | str | N
 
 def of_run(run: Run, client: int | None) -> Subject:
     """Return a run's model, or a client's own where each keeps its normalization. ValueError for the wrong `client`."""
-    model, held = _whose(run, client)
+    held, own = run.dataset.validation, run.experiment.normalization == "own"
+    if own != (client is not None):
+        each = f"0 to {run.experiment.clients - 1} where each has a model of its own, got None"
+        raise ValueError(f"client must be {each if own else f'None where normalization is shared, got {client}'}")
+    model = run.model if client is None else run.client_model(client)
+    if client is not None:
+        assert run.task.owner is not None  # where normalization is the clients' own
+        mine = run.task.owner == client
+        if not mine.any():
+            raise ValueError(f"client {client} has no validation samples to measure a file on")
+        held = Split(held.x[mine], held.y[mine])
     whose = "" if client is None else f"-client{client}"
     facts = {
         "experiment": run.experiment.model_dump(mode="json"),
@@ -81,9 +113,11 @@ def of_run(run: Run, client: int | None) -> Subject:
     }
 
     def calibration() -> list[Tensor]:
+        """Each client's raw training samples."""
         return [run.dataset.train.x[s] for s in (run.shards if client is None else [run.shards[client]])]
 
-    def privacy(recipe: Recipe) -> dict[str, Any]:  # an infinite epsilon is None, with why
+    def privacy(recipe: Recipe) -> dict[str, Any]:
+        """What the run's privacy is worth; an infinite epsilon is None, with why."""
         worth = run.privacy()
         epsilon = None if worth.why else worth.epsilon
         return {**asdict(worth), "epsilon": epsilon, "outside": list(outside(run.experiment, recipe))}
@@ -114,10 +148,12 @@ def of_module(model: nn.Module, dataset: Dataset | str | None) -> Subject:
     key = hashlib.sha256(f"{digest} {known.digest}".encode()).hexdigest()[:20]
 
     def calibration() -> list[Tensor]:
+        """Training samples, spread over all of them."""
         x = known.filled("train").x
         return [x[:: -(-len(x) // CALIBRATION)]]
 
     def privacy(recipe: Recipe) -> dict[str, Any]:
+        """Nobody knows."""
         return {"level": "unknown", "epsilon": None, "delta": None, "why": STRANGER, "outside": []}
 
     module = {"class": name, "digest": digest, "origin": STRANGER}
@@ -132,43 +168,23 @@ def _copied(model: nn.Module, name: str) -> nn.Module:
     if not parameters:
         raise ValueError(f"model {name} must have parameters, it has none: there is nothing to compress")
     for label, tensor in {**parameters, **dict(model.named_buffers())}.items():
+        trained, kind = label in parameters, str(tensor.dtype).removeprefix("torch.")
+        number = tensor.is_floating_point() or tensor.is_complex()
         if is_lazy(tensor):
             raise ValueError(f"model {name} must have run once: {label} has no shape yet, pass one batch through it")
         if tensor.is_meta:
             raise ValueError(
                 f"model {name} must have values, {label} is on the meta device: load trained weights first"
             )
-        if (
-            label in parameters
-            and tensor.dtype != torch.float32
-            and (tensor.is_floating_point() or tensor.is_complex())
-        ):
-            kind = str(tensor.dtype).removeprefix("torch.")
+        if trained and number and tensor.dtype != torch.float32:
             raise ValueError(f"model {name} must be float32, {label} is {kind}: give copy.deepcopy(model).float()")
-        if tensor.isnan().any() or (label in parameters and not tensor.isfinite().all()):  # a mask may be infinite
+        if tensor.isnan().any() or (trained and not tensor.isfinite().all()):  # a mask may be infinite
             raise ValueError(f"model {name} must have finite weights, {label} holds NaN or infinity: train it again")
     try:
         own = copy.deepcopy(model).cpu().eval()
-    except Exception as error:
-        raise ValueError(f"model {name} cannot be copied, it may hold what is no leaf: {complaint(error)}") from error
+    except Exception as error:  # torch, or whatever the module holds, refuses in its own way
+        why = remedy(model) or f", it may hold what is no leaf: {complaint(error)}"
+        raise ValueError(f"model {name} cannot be copied{why}") from error
     for tensor in own.parameters():  # frozen or not is no matter of the file, and pruning follows gradients
         tensor.requires_grad_(tensor.is_floating_point())
     return own
-
-
-def _whose(run: Run, client: int | None) -> tuple[nn.Module, Split]:
-    """Return the model that is meant and the samples it is measured on."""
-    held, own = run.dataset.validation, run.experiment.normalization == "own"
-    if own != (client is not None):
-        raise ValueError(
-            f"client must be 0 to {run.experiment.clients - 1} where each has a model of its own, got None"
-            if own
-            else f"client must be None where normalization is shared, got {client}"
-        )
-    if client is None:
-        return run.model, held
-    assert run.task.owner is not None  # where normalization is the clients' own
-    model, mine = run.client_model(client), run.task.owner == client
-    if not mine.any():
-        raise ValueError(f"client {client} has no validation samples to measure a file on")
-    return model, Split(held.x[mine], held.y[mine])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedlab_kit.deployment.selection import front
+from fedlab_kit.deployment.measure import front
 from fedlab_kit.lab.canvas import (
     GREY,
     STYLES,
