@@ -99,7 +99,7 @@ def test_a_large_file_is_packed_at_the_quick_level_and_says_so(
     run: fk.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = compress(run, RECIPES[1], tmp_path)
-    monkeypatch.setattr(artifact_module, "LARGE", small.bytes - 1)
+    monkeypatch.setattr(measure, "LARGE", small.bytes - 1)
     large = compress(run, RECIPES[1], tmp_path)
     assert (small.card["zstd_level"], large.card["zstd_level"]) == (18, 3) and large.bytes == small.bytes
     packed = large.path.with_name(large.path.name + ".zst").read_bytes()

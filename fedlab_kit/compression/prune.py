@@ -23,8 +23,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 def prune(model: nn.Module, inputs: Tensor | Sequence[int], recipe: Recipe, name: str) -> tuple[nn.Module, str]:
     """Return the model as the recipe prunes it, a copy, or itself at ratio 0; and what there is to note about that.
 
-    `inputs` is a preprocessed batch [n, ...] or a sample's shape, `name` what errors call the model. Raises ValueError
-    when a layer would be emptied, or torch-pruning breaks the network wherever it would remove a channel.
+    Arguments and errors are those of `plan_channels`.
     """
     if recipe.prune_ratio == 0:
         return model, ""
@@ -38,8 +37,7 @@ def prune(model: nn.Module, inputs: Tensor | Sequence[int], recipe: Recipe, name
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights that are pruned, by name: what is trained and has two dimensions or more; tied ones once.
 
-    Embeddings and tables of positions count. Biases and normalization do not, nor what a model of one's own holds as
-    a vector with axes of length one (a class token, a layer's scale).
+    Embeddings and tables of positions count; biases, normalization and vectors of a model's own (a class token) do not.
     """
     owners = dict(model.named_modules())
     found = {}
@@ -76,10 +74,8 @@ def prune_weights(model: nn.Module, ratio: float) -> nn.Module:
     parts = mask.split([weight.numel() for weight in weights.values()])
     for (name, weight), part in zip(weights.items(), parts, strict=True):
         if not weight.masked_fill_(part.view_as(weight) == 0, 0.0).any():
-            raise ValueError(
-                f"prune_ratio {ratio:g} would remove every weight of layer {name.removesuffix('.weight')!r}; "
-                "choose a smaller one"
-            )
+            lost = f"every weight of layer {name.removesuffix('.weight')!r}"
+            raise ValueError(f"prune_ratio {ratio:g} would remove {lost}; choose a smaller one")
     return pruned
 
 

@@ -42,6 +42,7 @@ def calibrate(
     calibrator = Calibrator(graph)
 
     def count(within: Ranges) -> Histograms:
+        """All clients' counts."""
         return merge_histograms(calibrator.histograms(samples, within) for samples in shares)
 
     ranges = widest = merge_ranges(calibrator.ranges(samples) for samples in shares)
@@ -97,6 +98,7 @@ def percentile_ranges(counts: Histograms, ranges: Ranges) -> tuple[Ranges, bool]
     outside = (100 - PERCENTILE) / 200
 
     def middle(counts: np.ndarray, edges: np.ndarray) -> tuple[int, int]:
+        """The bins that the lower and the upper percentile fall in."""
         first, last = np.searchsorted(np.cumsum(counts) / counts.sum(), (outside, 1 - outside))
         return first, last + 1
 
@@ -120,6 +122,7 @@ def entropy_ranges(counts: Histograms, ranges: Ranges) -> Ranges:
     widths = np.arange(LEVELS, BINS + 1, 8)
 
     def least(counts: np.ndarray, edges: np.ndarray) -> tuple[int, int]:
+        """The part that changes least."""
         zero = BINS * -edges[0] / (edges[-1] - edges[0])
         firsts = np.rint(zero * (1 - widths / BINS)).astype(int)
         lost = [_divergence(np.sqrt(counts), *ends) for ends in zip(firsts, firsts + widths, strict=True)]
