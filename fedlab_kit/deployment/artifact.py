@@ -18,9 +18,9 @@ from fedlab_kit.compression.channels import TURN
 from fedlab_kit.compression.prune import prune
 from fedlab_kit.deployment import calibration, convert, measure
 from fedlab_kit.deployment.measure import squeeze as squeeze
-from fedlab_kit.deployment.onnx_export import export, remedy
+from fedlab_kit.deployment.onnx_export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
-from fedlab_kit.deployment.subject import Subject, subject_of
+from fedlab_kit.deployment.subject import Subject, remedy, subject_of
 from fedlab_kit.experiment import Recipe, complaint
 from fedlab_kit.files import StoreError, at, is_number, read_json, sweep_up, write_bytes, write_json
 from fedlab_kit.models import Draws, flops
@@ -118,8 +118,7 @@ def compress(
     """
     with TURN:
         subject = subject_of(model, client, dataset)
-        # what a module of one's own draws while it answers is not drawn from its owner's random numbers
-        with Draws(0).inside() if subject.facts["module"] else nullcontext():
+        with Draws(0).inside() if subject.facts["module"] else nullcontext():  # its owner's random numbers stay
             try:
                 return _compress(subject, recipe, folder)
             except (ValueError, OSError):

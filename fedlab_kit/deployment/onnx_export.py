@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from hashlib import sha256
 from io import StringIO
@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from fedlab_kit.compression.channels import TURN, first_line
 from fedlab_kit.data import Preprocess
 from fedlab_kit.deployment.score import open_session
+from fedlab_kit.deployment.subject import remedy
 
 KEPT = 32  # graphs in the cache
 CHECKED = 64  # samples on which torch and the exported graph must agree
@@ -38,18 +38,6 @@ _WINDOWS = dict.fromkeys(("Conv", "ConvTranspose", "MaxPool", "AveragePool"), ("
 _TALKERS = ("torch.onnx", "torch.export", "torch.fx", "torch._guards", "torch._dynamo", "onnx_ir", "onnxscript")
 _VALUES = (type(None), bool, int, float, complex, str, slice, type(...))
 _PLAIN = (*_VALUES, torch.dtype, torch.device, torch.layout, torch.memory_format)
-
-
-_STUMBLES: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (lambda layer: isinstance(layer, torch.jit.ScriptModule), "is scripted: put the module itself in its place"),
-    (lambda layer: isinstance(layer, nn.EmbeddingBag), "is an EmbeddingBag: put an nn.Embedding and a mean there"),
-    (lambda layer: isinstance(layer, nn.LSTM) and layer.proj_size > 0, "has a proj_size: leave that out"),
-    (lambda layer: isinstance(layer, nn.TransformerEncoder), "may take a mask: call it with is_causal= beside mask="),
-    (
-        lambda layer: any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()),
-        "has torch's old weight_norm: use torch.nn.utils.parametrizations.weight_norm",
-    ),
-)
 
 
 class Deployed(nn.Module):
@@ -118,7 +106,11 @@ def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
     with TURN, torch.no_grad():
         expected = deployed(probes).numpy()
         tensors = {name: t for name, t in deployed.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-        keys = _keys(deployed, tensors, x)
+        with Trace({"x": x, **tensors}) as trace:
+            deployed(x)
+        code = [type(module).forward for module in deployed.modules()]
+        calls = (tuple(x.shape), x.dtype, *code, *trace.calls)
+        keys = (*calls, *trace.sizes), calls  # the weights aside, the graph depends on these; the second fits any size
         for known in [_skeletons[key] for key in keys if key in _skeletons]:
             with suppress(Exception):  # tensors of other sizes may not fit, which passes and runtime say in many ways
                 graph = _fill(known, tensors)
@@ -153,25 +145,14 @@ def clean(graph: Any) -> Any:
 
     cleaned = _finish(onnx_ir.from_proto(graph), short=True)
     version = {one.domain: one.version for one in cleaned.opset_import}[""]
-
-    def said(kind: str, attribute: Any) -> bool:
-        if attribute.name in _WINDOWS.get(kind, ()):
-            return not set(attribute.ints) <= {0 if attribute.name == "pads" else 1}
-        return attribute != defs.get_schema(kind, version).attributes[attribute.name].default_value
-
     for node in (node for node in cleaned.graph.node if not node.domain):
-        kept = [attribute for attribute in node.attribute if said(node.op_type, attribute)]
-        del node.attribute[:]
-        node.attribute.extend(kept)
+        known, windows = defs.get_schema(node.op_type, version).attributes, _WINDOWS.get(node.op_type, ())
+        for attribute in list(node.attribute):
+            usual = {0 if attribute.name == "pads" else 1}
+            by_default = attribute.name in windows and set(attribute.ints) <= usual
+            if by_default or attribute == known[attribute.name].default_value:
+                node.attribute.remove(attribute)
     return cleaned
-
-
-def _keys(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What the graph depends on apart from the weights; the second, apart from the tensors' sizes too."""
-    with Trace({"x": x, **tensors}) as trace:
-        deployed(x)
-    calls = (tuple(x.shape), x.dtype, *(type(module).forward for module in deployed.modules()), *trace.calls)
-    return (*calls, *trace.sizes), calls
 
 
 def _skeleton(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> Any:
@@ -222,15 +203,15 @@ def _fill(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     for value in stored.values():
         value.shape = value.const_value.shape
     limits = dict.fromkeys(("input_size_limit", "output_size_limit"), 1 << 62)
+
+    def fold(node: Any) -> bool | None:
+        """Whether to compute a node of constants: no second, turned copy of weights that are used elsewhere too."""
+        return False if node.op_type == "Transpose" and len(node.inputs[0].uses()) > 1 else None
+
     with quiet():
-        optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=_worth_it, **limits)
+        optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=fold, **limits)
         rewriter.rewrite(model, [getattr(common, f"fuse_batchnorm_into_{layer}_rule") for layer in _LAYERS])
     return _finish(model)
-
-
-def _worth_it(node: Any) -> bool | None:
-    """Whether to compute a node of constants: not to store a second, transposed copy of weights used elsewhere too."""
-    return False if node.op_type == "Transpose" and len(node.inputs[0].uses()) > 1 else None
 
 
 def _torch_export(deployed: Deployed, x: Tensor) -> Any:
@@ -245,15 +226,6 @@ def _torch_export(deployed: Deployed, x: Tensor) -> Any:
         except Exception as error:
             failures.append(error)
     raise failures[0]
-
-
-def remedy(model: nn.Module) -> str:
-    """Name a layer that exporters are known to stumble over and say what to do; "" where there is none."""
-    for name, layer in model.named_modules():
-        for is_so, advice in _STUMBLES:
-            if is_so(layer):
-                return f"; {name or 'it'} {advice}"
-    return ""
 
 
 def _finish(model: Any, short: bool = False) -> Any:
@@ -297,10 +269,7 @@ def _rename(graph: Any, short: bool) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep exporter, optimizer and quantizers from printing, and the whole process's logging as it was.
-
-    What they say is about themselves; errors are raised anyway.
-    """
+    """Keep exporter, optimizer and quantizers from printing (errors are raised), and the process's logging as it is."""
     root, talkers = logging.getLogger(), [logging.getLogger(name) for name in _TALKERS]
     handlers, levels = root.handlers[:], {logger: logger.level for logger in (root, *talkers)}
     for logger in talkers:

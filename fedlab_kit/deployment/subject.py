@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fedlab_kit import data
 from fedlab_kit.catalog import Unknowable, fingerprint
 from fedlab_kit.data import Dataset, Split
-from fedlab_kit.deployment.onnx_export import remedy
 from fedlab_kit.experiment import Recipe, complaint
 from fedlab_kit.files import file_name
 from fedlab_kit.models import Draws, check_output
@@ -188,3 +188,22 @@ def _copied(model: nn.Module, name: str) -> nn.Module:
     for tensor in own.parameters():  # frozen or not is no matter of the file, and pruning follows gradients
         tensor.requires_grad_(tensor.is_floating_point())
     return own
+
+
+def remedy(model: nn.Module) -> str:
+    """Name a layer that copying or exporting is known to stumble over, and what to do; "" where there is none."""
+    for name, layer in model.named_modules():
+        known = (
+            (isinstance(layer, torch.jit.ScriptModule), "is scripted: put the module itself in its place"),
+            (isinstance(layer, nn.EmbeddingBag), "is an EmbeddingBag: put an nn.Embedding and a mean there"),
+            (isinstance(layer, nn.LSTM) and layer.proj_size > 0, "has a proj_size: leave that out"),
+            (isinstance(layer, nn.TransformerEncoder), "may take a mask: call it with is_causal= beside mask="),
+            (
+                any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()),
+                "has torch's old weight_norm: use torch.nn.utils.parametrizations.weight_norm",
+            ),
+        )
+        for is_so, advice in known:
+            if is_so:
+                return f"; {name or 'it'} {advice}"
+    return ""
