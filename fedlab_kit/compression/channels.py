@@ -45,10 +45,7 @@ class Cut(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Layers that lose the same ones of `width` channels, as many from each of `parts` equal parts, by `cuts`.
-
-    Without cuts they keep all; `fault` says why where torch-pruning is to blame.
-    """
+    """Layers that lose the same of `width` channels by `cuts`, as many from each of `parts`, or none, by a `fault`."""
 
     layers: list[str]
     width: int

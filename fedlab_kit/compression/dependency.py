@@ -17,10 +17,7 @@ CONV, LAST_AXIS = nn.modules.conv._ConvNd, (nn.LayerNorm, nn.RMSNorm)
 
 
 def dependencies(model: nn.Module, sample: Tensor) -> tuple[Any, nn.Module, dict[Any, str]]:
-    """Return torch-pruning's graph of a copy of the model, the layer its inputs come from, and its parts' names.
-
-    `sample` is a preprocessed batch [n, ...]. Not for several threads at once.
-    """
+    """Return torch-pruning's graph of a copy, the layer its inputs [n, ...] come from, and its parts' names."""
     # the graph sees no inputs, and miscounts what is joined to them or joined and flattened: let layers stand there
     numbers = sample.is_floating_point() and sample.ndim > 1
     entry = nn.SyncBatchNorm(sample.shape[1], eps=0.0) if numbers else nn.Identity()

@@ -21,10 +21,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def prune(model: nn.Module, inputs: Tensor | Sequence[int], recipe: Recipe, name: str) -> tuple[nn.Module, str]:
-    """Return the model as the recipe prunes it, a copy, or itself at ratio 0; and what there is to note about that.
-
-    Arguments and errors are those of `plan_channels`.
-    """
+    """Return the model as the recipe prunes it (at ratio 0 itself) and what to note; errors as in `plan_channels`."""
     if recipe.prune_ratio == 0:
         return model, ""
     if recipe.prune == "weight":
@@ -58,10 +55,7 @@ def sparsity(model: nn.Module) -> float:
 
 @torch.no_grad()
 def prune_weights(model: nn.Module, ratio: float) -> nn.Module:
-    """Return a copy with the share `ratio` of all weights set to zero, the smallest magnitudes of the whole model.
-
-    Global magnitude pruning (Han et al. 2015). Raises ValueError when the ratio empties a whole layer.
-    """
+    """Return a copy, the share `ratio` of all weights zero: the smallest of the whole model (Han et al. 2015)."""
     from torch.nn.utils import parameters_to_vector
     from torch.nn.utils.prune import L1Unstructured
 
@@ -97,18 +91,12 @@ def masked_share(mask: Tensor, candidates: Tensor) -> float:
 
 
 def magnitude_mask(weights: Tensor, candidates: Tensor, ratio: float) -> Tensor:
-    """Keep all but the share `ratio` of the `candidates` [P], those of smallest magnitude; bool [P], True = kept.
-
-    Ties fall in the order of the vector, so the count is exact.
-    """
+    """Keep all but the share `ratio` of the `candidates` [P], by magnitude, ties in order; bool [P], True = kept."""
     return shrink(torch.ones_like(candidates), weights.abs(), candidates, ratio)
 
 
 def shrink(mask: Tensor, scores: Tensor, candidates: Tensor, ratio: float) -> Tensor:
-    """Remove the lowest `scores` [P] from a mask until the share `ratio` of the `candidates` [P] is gone.
-
-    What is gone stays gone, more than the share too.
-    """
+    """Remove the lowest `scores` [P] from a mask until at least the share `ratio` of the `candidates` [P] is gone."""
     kept, total = mask & candidates, int(candidates.sum())
     return ~candidates | _largest(scores, kept, min(int(kept.sum()), total - round(ratio * total)))
 

@@ -48,10 +48,7 @@ def bfloat16(values: Tensor) -> Tensor:
 
 
 def quantized(tensor: Tensor, dtype: str, channels: tuple[int, ...] = (0,)) -> Tensor:
-    """Return the values of a tensor in `dtype`, same shape: a weight's on its grid, "bf16" for a bias.
-
-    Raises ValueError on an unknown dtype.
-    """
+    """Return a tensor's values in `dtype`: a weight's on its grid, "bf16" for a bias. ValueError on an unknown one."""
     if dtype in LOWEST:
         codes, scale = grid_codes(tensor, dtype, channels)
         return codes.to(tensor.dtype) * scale
@@ -62,10 +59,7 @@ def quantized(tensor: Tensor, dtype: str, channels: tuple[int, ...] = (0,)) -> T
 
 
 def fake_quantize(weight: Tensor, dtype: str) -> Tensor:
-    """Round a weight to the grid of `dtype`, exactly, and let the gradient pass as if nothing had happened.
-
-    The straight-through estimator of Bengio et al. 2013, as in quantization-aware training (Jacob et al. 2018).
-    """
+    """Round to the grid and let the gradient pass: straight-through (Bengio et al. 2013, Jacob et al. 2018)."""
     return quantized(weight.detach(), dtype) + (weight - weight.detach())
 
 

@@ -57,10 +57,7 @@ def calibrate(
 
 
 def client_ranges(graph: Any, samples: Tensor) -> Ranges:
-    """What one client returns first: each activation's smallest and largest value on its raw samples, which it tells.
-
-    Raises ValueError without samples.
-    """
+    """What one client returns first: the extremes of each activation on its raw samples. ValueError without any."""
     return Calibrator(graph).ranges(samples)
 
 

@@ -143,10 +143,7 @@ def _biases(graph: Any, weights: Container[str]) -> list[Weight]:
 
 
 def store_codes(graph: Any, dtype: str, keep: str = "none", only: Container[str] | None = None) -> None:
-    """Turn the float weights of a graph that is `on_grid` into codes, each decoded in front of its node, in place.
-
-    With `only`, that is done to weights of these names.
-    """
+    """Turn a graph's float weights that are `on_grid` into codes, in place; with `only`, those of these names."""
     from onnx.helper import find_min_ir_version_for
 
     weights = {name: weight for name, weight in float_weights(graph).items() if only is None or name in only}
@@ -208,10 +205,7 @@ def _int8_dynamic(graph: Any) -> Any:
 
 
 def _quantize_lstm(graph: Any, node: Any) -> None:
-    """Put onnxruntime's LSTM on int8 in the place of a float one, its weights turned to [directions, inputs, gates].
-
-    onnxruntime's quantizer has one scale for each direction where training has one for each row of the weights.
-    """
+    """Put onnxruntime's LSTM on int8 there: its quantizer has a scale a direction, training one a row of weights."""
     from onnx import helper, numpy_helper
 
     known = float_weights(graph)

@@ -46,10 +46,7 @@ class Reference:
 
 
 def directions(references: Iterable[Reference]) -> np.ndarray:
-    """Return the matrix [d, d] that makes the features of all sites uncorrelated with unit variance.
-
-    Sites give the server their counts and scatters, which add up (the means differ from site to site and stay).
-    """
+    """Return the matrix [d, d] that makes all sites' features uncorrelated, of unit variance: scatters add up."""
     from sklearn.covariance import shrunk_covariance
 
     known = list(references)

@@ -217,9 +217,8 @@ def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
         "tuned": [alone(experiment, site, together[site], tuning) for site in sites],
         "pooled": [whole] * len(sites),
     }
-    results = {
-        way: [job.evaluate(w, job.dataset.validation, state) for w, state in models] for way, models in ways.items()
-    }
+    held = job.dataset.validation
+    results = {way: [job.evaluate(w, held, state) for w, state in models] for way, models in ways.items()}
     patients = torch.tensor(results["pooled"][0].total)
     hits = {way: torch.tensor([found[site].correct[site] for site in sites]) for way, found in results.items()}
     table = {"patients": [*patients.tolist(), int(patients.sum())]}

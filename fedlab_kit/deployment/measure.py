@@ -64,10 +64,7 @@ def logits(session: Any, x: Tensor | np.ndarray, batch: int = WHOLE) -> np.ndarr
 
 
 def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
-    """Return the accuracy of a session on a split, and its 95 % interval.
-
-    Raises ValueError on an empty split, and when an answer is no number.
-    """
+    """Return a session's accuracy on a split, with its 95 % interval. ValueError without samples or numbers."""
     if len(split) == 0:
         raise ValueError("accuracy needs at least one sample, got none")
     found = logits(session, split.x)

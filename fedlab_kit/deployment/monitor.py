@@ -121,10 +121,7 @@ class Monitor:
         self.sites = {name: self._site(watched.get(name, {})) for name in known}
 
     def join(self, name: str, reference: np.ndarray) -> None:
-        """Watch a hospital that joins late, or watch one against new reference patients, raw rows [m, ...].
-
-        Raises ValueError when there are fewer than ten.
-        """
+        """Watch a hospital that joins late, or against new reference rows [m, ...]. ValueError below ten."""
         if len(reference) < FEWEST:
             raise ValueError(f"reference must hold at least {FEWEST} patients of {name!r}, got {len(reference)}")
         rows = matrix(reference, self.artifact.card["input"])
@@ -237,10 +234,7 @@ def draw(part: Split, site: int, preprocess: Preprocess, stream: Stream) -> tupl
 def changed(
     rows: np.ndarray, features: np.ndarray, preprocess: Preprocess, gain: float, offset: float, about: Any = 0.0
 ) -> np.ndarray:
-    """Return raw rows float32 [n, d] with some `features` stretched by `gain` about `about` ([d], or one number).
-
-    `offset` of their standard deviations are added.
-    """
+    """Return raw rows [n, d], some `features` stretched by `gain` about `about` and moved by `offset` deviations."""
     given = [np.broadcast_to(np.asarray(value, np.float32), rows.shape[1]) for value in (preprocess.std, about)]
     std, pivot = (each[features] for each in given)
     moved = rows.copy()

@@ -57,10 +57,7 @@ class Deployed(nn.Module):
 
 
 class Trace(TorchFunctionMode):
-    """Writes down every call of torch inside it: in `calls` the function and its arguments by value, in `sizes` shapes.
-
-    A tensor is known by its name in `tensors`, or as the result of an earlier call; any other one by its values.
-    """
+    """Writes down every call of torch inside it: in `calls` function and arguments by value, in `sizes` the shapes."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()

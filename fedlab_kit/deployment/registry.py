@@ -64,10 +64,7 @@ class Registry:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """What happened, oldest first: `event` (promote or rollback), `version` in service since, `why`, `when`.
-
-        Raises StoreError naming a line that is damaged.
-        """
+        """What happened, oldest first: `event` (promote or rollback), `version` in service since, `why`, `when`."""
         file, older = self.folder / "history.jsonl", sorted(self.folder.glob("events/[0-9]*"))  # once a file for each
         files = [file] if file.exists() else older
         return [event for path in files for event in _read(path, "event", "version", "why", "when")]
@@ -95,10 +92,7 @@ class Registry:
         return Version(number, path, about["digest"], about["note"])
 
     def add(self, artifact: Artifact, note: str = "") -> Version:
-        """Copy an artifact in as the next version; it is not in service before it is promoted.
-
-        Raises StoreError when the artifact is damaged or the registry cannot be written.
-        """
+        """Copy an artifact in as the next version, not yet in service. StoreError when damaged or not to be written."""
         digest = load(artifact.path).digest
         with self._locked():
             number = max(self._numbers(), default=0) + 1
@@ -132,10 +126,7 @@ class Registry:
         return earlier
 
     def install(self, folder: str | Path) -> Path:
-        """Copy what is in service, its card and `score.py` to a device's folder; return the folder.
-
-        The device needs numpy and onnxruntime alone. Raises ValueError when nothing is in service.
-        """
+        """Copy what is in service to a device's folder, with its card and `score.py`. ValueError when nothing is."""
         current, target = self.in_service(), at(folder)
         current.load()
         write_bytes(target / "score.py", Path(score.__file__).read_bytes())

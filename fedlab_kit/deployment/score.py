@@ -3,7 +3,7 @@
     python score.py model.onnx patients.csv
 
 It needs the model card, `model.onnx.json`, beside the file. One line a patient comes out: the class, how sure the model
-is, and what is wrong with the row, if anything: such a row is not scored and the others go on.
+is, and what is wrong with the row, which then is not scored.
 """
 
 from __future__ import annotations
@@ -54,17 +54,12 @@ class Model:
             raise ValueError(f"{path} takes {found}, its model card says {expected}: compress again")
 
     def score(self, table: Any) -> list[dict[str, Any]]:
-        """Return for each row its `class`, the model's `probability` of it, and a `problem` ("" if there is none).
-
-        `table` is whatever `matrix` takes; it raises ValueError for wrong columns, and when the model fails. A row
-        with a value that is missing or out of range has no class.
-        """
+        """Return each row's `class`, its `probability` and a `problem` ("" if none); `table` is what `matrix` takes."""
         rows = matrix(table, self.card["input"])
         problems = odd_rows(rows, self.card)
         good = [number for number in range(len(rows)) if number not in problems]
-        answers: list[dict[str, Any]] = [
-            {"class": None, "probability": None, "problem": problems.get(number, "")} for number in range(len(rows))
-        ]
+        nothing: dict[str, Any] = {"class": None, "probability": None}
+        answers = [{**nothing, "problem": problems.get(number, "")} for number in range(len(rows))]
         for number, share in zip(good, self._shares(rows[good]) if good else (), strict=True):
             if np.isfinite(share).all():
                 answers[number]["class"] = self.card["data"]["classes"][int(share.argmax())]
@@ -103,14 +98,11 @@ def read(path: str | Path, largest: int = LARGEST) -> tuple[bytes, dict[str, Any
         content, card = _content(Path(path), largest), json.loads(_content(card_file, min(largest, 1 << 24)))
         wanted = card["digest"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} cannot be opened, it needs its model card {card_file.name} beside it: {error}"
-        ) from error
+        needed = f"it needs its model card {card_file.name} beside it"
+        raise ValueError(f"{path} cannot be opened, {needed}: {error}") from error
     if (found := hashlib.sha256(content).hexdigest()) != wanted:
-        raise ValueError(
-            f"{path} is truncated or altered: its SHA-256 begins with {found[:12]}, "
-            f"its card says {str(wanted)[:12]}; compress again"
-        )
+        told = f"its SHA-256 begins with {found[:12]}, its card says {str(wanted)[:12]}"
+        raise ValueError(f"{path} is truncated or altered: {told}; compress again")
     return content, card
 
 
@@ -161,10 +153,9 @@ def matrix(table: Any, wanted: Mapping[str, Any]) -> np.ndarray:
         return _from_columns(table, tuple(wanted.get("features", ())))
     raw = np.asarray(table)
     if str(raw.dtype) != wanted["dtype"] or list(raw.shape[1:]) != wanted["shape"] or not len(raw):
-        raise ValueError(
-            f"x must be raw {wanted['dtype']} [n, {', '.join(map(str, wanted['shape']))}] with n at least 1, "
-            f"got {raw.dtype} {list(raw.shape)}"
-        )
+        shape = ", ".join(map(str, ["n", *wanted["shape"]]))
+        found = f"{raw.dtype} {list(raw.shape)}"
+        raise ValueError(f"x must be raw {wanted['dtype']} [{shape}] with n at least 1, got {found}")
     return raw
 
 
@@ -192,10 +183,8 @@ def _from_columns(table: Any, names: Sequence[str]) -> np.ndarray:
     twice = sorted(name for name, times in found.items() if times > 1)
     if missing or unknown or twice:
         words = {"missing": missing, "unknown": unknown, "twice": twice}
-        raise ValueError(
-            f"columns must be the model's {len(names)}: "
-            + "; ".join(f"{word} {_some(each)}" for word, each in words.items() if each)
-        )
+        wrong = "; ".join(f"{word} {_some(each)}" for word, each in words.items() if each)
+        raise ValueError(f"columns must be the model's {len(names)}: {wrong}")
     return np.stack([np.array([_number(v) for v in table[n]], np.float32) for n in names], axis=1)
 
 
@@ -237,16 +226,12 @@ def _table(path: str) -> tuple[dict[str, Sequence[str]], dict[int, str]]:
         raise ValueError(f"{path} is no text in UTF-8: save it as CSV UTF-8")
     first = text.partition("\n")[0]
     local = ";" in first and "," not in first
-    header, *lines = [line for line in csv.reader(io.StringIO(text, ""), delimiter=";" if local else ",") if line] or [
-        []
-    ]
+    lines = [line for line in csv.reader(io.StringIO(text, ""), delimiter=";" if local else ",") if line]
+    header, *lines = lines or [[]]
     if len(set(header)) < len(header):
         raise ValueError(f"columns must have different names, got {', '.join(header):.200}")
-    ragged = {
-        row: f"{len(line)} cells where the header has {len(header)}"
-        for row, line in enumerate(lines)
-        if len(line) != len(header)
-    }
+    fits = f"cells where the header has {len(header)}"
+    ragged = {row: f"{len(line)} {fits}" for row, line in enumerate(lines) if len(line) != len(header)}
     cells = [[""] * len(header) if row in ragged else line for row, line in enumerate(lines)]
     if local:
         cells = [[cell if "." in cell else cell.replace(",", ".") for cell in line] for line in cells]
