@@ -47,12 +47,6 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def sparsity(model: nn.Module) -> float:
-    """Return the share of zeros among all prunable weights."""
-    weights = prunable(model).values()
-    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
-
-
 @torch.no_grad()
 def prune_weights(model: nn.Module, ratio: float) -> nn.Module:
     """Return a copy, the share `ratio` of all weights zero: the smallest of the whole model (Han et al. 2015)."""

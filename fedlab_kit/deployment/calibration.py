@@ -53,7 +53,11 @@ def calibrate(
         if not again:
             break
     ranges = {n: span if _width(span) > _NOTHING * _width(widest[n]) else widest[n] for n, span in ranges.items()}
-    return entropy_ranges(count(within := around(ranges, widest)), within) if method == "entropy" else ranges
+    if method == "percentile":
+        return ranges
+    # where "entropy" looks: four times as wide as what holds the middle 99.5 %, but no wider than what holds all
+    within = {n: (max(4 * low, widest[n][0]), min(4 * high, widest[n][1])) for n, (low, high) in ranges.items()}
+    return entropy_ranges(count(within), within)
 
 
 def client_ranges(graph: Any, samples: Tensor) -> Ranges:
@@ -101,13 +105,6 @@ def percentile_ranges(counts: Histograms, ranges: Ranges) -> tuple[Ranges, bool]
 
     found = _narrowed(counts, ranges, middle)
     return found, any(_width(found[name]) < _COARSE * _width(span) for name, span in ranges.items())
-
-
-def around(ranges: Ranges, widest: Ranges) -> Ranges:
-    """Where "entropy" looks: four times as wide as what holds the middle 99.5 %, but no wider than what holds all."""
-    return {
-        name: (max(4 * low, widest[name][0]), min(4 * high, widest[name][1])) for name, (low, high) in ranges.items()
-    }
 
 
 def entropy_ranges(counts: Histograms, ranges: Ranges) -> Ranges:

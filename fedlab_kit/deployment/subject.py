@@ -87,43 +87,42 @@ def subject_of(model: Any, client: int | None = None, dataset: Dataset | str | N
 
 def of_run(run: Run, client: int | None) -> Subject:
     """Return a run's model, or a client's own where each keeps its normalization. ValueError for the wrong `client`."""
-    held, own = run.dataset.validation, run.experiment.normalization == "own"
+    held, own, asked = run.dataset.validation, run.experiment.normalization == "own", run.experiment
     if own != (client is not None):
-        each = f"0 to {run.experiment.clients - 1} where each has a model of its own, got None"
+        each = f"0 to {asked.clients - 1} where each has a model of its own, got None"
         raise ValueError(f"client must be {each if own else f'None where normalization is shared, got {client}'}")
-    model = run.model if client is None else run.client_model(client)
+    model, shards, whose = run.model if client is None else run.client_model(client), run.shards, ""
     if client is not None:
         assert run.task.owner is not None  # where normalization is the clients' own
-        mine = run.task.owner == client
+        mine, shards, whose = run.task.owner == client, [run.shards[client]], f"-client{client}"
         if not mine.any():
             raise ValueError(f"client {client} has no validation samples to measure a file on")
         held = Split(held.x[mine], held.y[mine])
-    whose = "" if client is None else f"-client{client}"
-    facts = {
-        "experiment": run.experiment.model_dump(mode="json"),
-        "run": run.key,
-        "client": client,
-        "module": None,
-        "training": {
-            "rounds": len(run.records),
-            "seconds": sum(record.seconds for record in run.records),
-            "uplink_bytes": run.uplink_bytes,
-            "downlink_bytes": run.downlink_bytes,
-        },
+    training = {
+        "rounds": len(run.records),
+        "seconds": sum(record.seconds for record in run.records),
+        "uplink_bytes": run.uplink_bytes,
+        "downlink_bytes": run.downlink_bytes,
     }
-
-    def calibration() -> list[Tensor]:
-        """Each client's raw training samples."""
-        return [run.dataset.train.x[s] for s in (run.shards if client is None else [run.shards[client]])]
+    parent = {"experiment": asked.model_dump(mode="json"), "run": run.key, "client": client}
 
     def privacy(recipe: Recipe) -> dict[str, Any]:
         """What the run's privacy is worth; an infinite epsilon is None, with why."""
         worth = run.privacy()
         epsilon = None if worth.why else worth.epsilon
-        return {**asdict(worth), "epsilon": epsilon, "outside": list(outside(run.experiment, recipe))}
+        return {**asdict(worth), "epsilon": epsilon, "outside": list(outside(asked, recipe))}
 
-    stem = f"{file_name(run.experiment.model)}-{run.key[:8]}{whose}"
-    return Subject(run.experiment.model, model, run.dataset, held, calibration, stem, run.path, facts, privacy)
+    return Subject(
+        asked.model,
+        model,
+        run.dataset,
+        held,
+        calibration=lambda: [run.dataset.train.x[shard] for shard in shards],
+        stem=f"{file_name(asked.model)}-{run.key[:8]}{whose}",
+        home=run.path,
+        facts={**parent, "module": None, "training": training},
+        privacy=privacy,
+    )
 
 
 def of_module(model: nn.Module, dataset: Dataset | str | None) -> Subject:
@@ -146,20 +145,23 @@ def of_module(model: nn.Module, dataset: Dataset | str | None) -> Subject:
     except Unknowable:
         digest, lasting = fingerprint(own.state_dict()), False
     key = hashlib.sha256(f"{digest} {known.digest}".encode()).hexdigest()[:20]
-
-    def calibration() -> list[Tensor]:
-        """Training samples, spread over all of them."""
-        x = known.filled("train").x
-        return [x[:: -(-len(x) // CALIBRATION)]]
-
-    def privacy(recipe: Recipe) -> dict[str, Any]:
-        """Nobody knows."""
-        return {"level": "unknown", "epsilon": None, "delta": None, "why": STRANGER, "outside": []}
-
     module = {"class": name, "digest": digest, "origin": STRANGER}
-    facts = {"experiment": None, "run": None, "client": None, "module": module, "training": None}
-    home = runs_folder() / "modules" / key
-    return Subject(name, own, known, held, calibration, f"module-{key[:8]}", home, facts, privacy, lasting)
+    return Subject(
+        name,
+        own,
+        known,
+        held,
+        calibration=lambda: [_spread(known.filled("train").x)],
+        stem=f"module-{key[:8]}",
+        home=runs_folder() / "modules" / key,
+        facts={**dict.fromkeys(("experiment", "run", "client", "training")), "module": module},
+        privacy=lambda recipe: {"level": "unknown", "epsilon": None, "delta": None, "why": STRANGER, "outside": []},
+        lasting=lasting,
+    )
+
+
+def _spread(x: Tensor) -> Tensor:
+    return x[:: -(-len(x) // CALIBRATION)]
 
 
 def _copied(model: nn.Module, name: str) -> nn.Module:
