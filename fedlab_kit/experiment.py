@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from fedlab_kit.settings import Settings, knob
+from fedlab_kit.settings import Clash, Settings, knob
 
 SCHEMA = 1  # raised when the meaning of a stored field changes
 OVERLAP = frozenset(
@@ -190,22 +190,22 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _fits_its_parents(self) -> Self:
         if self.teacher is not None and self.teacher.dataset != self.dataset:
-            raise ValueError(f"teacher must be trained on dataset {self.dataset!r}, got {self.teacher.dataset!r}")
+            raise Clash("teacher", f"must be trained on dataset {self.dataset!r}, got {self.teacher.dataset!r}")
         if self.start is not None and self.start.model != self.model:
-            raise ValueError(f"start must have model {self.model!r}, got {self.start.model!r}")
+            raise Clash("start", f"must have model {self.model!r}, got {self.start.model!r}")
         if self.start_recipe is not None and (self.start is None or self.start_recipe.dtype != "fp32"):
-            raise ValueError("start_recipe must come with a start and prune only (dtype fp32): training needs floats")
+            raise Clash("start_recipe", "must come with a start and prune only (dtype fp32): training needs floats")
         if 0 < self.mask_ratio < (begun := self._pruned_of()):
-            raise ValueError(
-                f"mask_ratio must be 0 or at least {begun:g}, what its start is pruned of: got {self.mask_ratio:g}"
+            raise Clash(
+                "mask_ratio", f"must be 0 or at least {begun:g}, what its start is pruned of: got {self.mask_ratio:g}"
             )
         for name in {one.dataset for one in self._ancestors()} - {self.dataset}:
             if {name, self.dataset} <= OVERLAP:
-                raise ValueError(
-                    f"dataset must not share pictures with a parent's, which is {name!r}: got {self.dataset!r}"
+                raise Clash(
+                    "dataset", f"must not share pictures with a parent's, which is {name!r}: got {self.dataset!r}"
                 )
         if any(parent.normalization == "own" for parent in self.parents):
-            raise ValueError("normalization must be shared in a start or a teacher: each client has a model of its own")
+            raise Clash("normalization", "must be shared in a start or a teacher: each client has a model of its own")
         return self
 
     def _ancestors(self) -> Iterator[Experiment]:
@@ -221,18 +221,16 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _techniques_fit(self) -> Self:
         if self.privacy == "client" and self.strategy in ("scaffold", "feddf", "median"):
-            raise ValueError(f"strategy must be a plain mean for client-level privacy, got {self.strategy!r}")
+            raise Clash("strategy", f"must be a plain mean for client-level privacy, got {self.strategy!r}")
         if self.privacy == "record" and (self.teacher is not None or self.qat != "off"):
-            raise ValueError("privacy must be off or client together with a teacher or qat, got 'record'")
+            raise Clash("privacy", "must be off or client together with a teacher or qat, got 'record'")
         if self.privacy != "off" and self.mask_ratio and self.mask_schedule == "dynamic":
-            raise ValueError("mask_schedule must not be dynamic with privacy: it sends raw gradients, got 'dynamic'")
+            raise Clash("mask_schedule", "must not be dynamic with privacy: it sends raw gradients, got 'dynamic'")
         if self.devices == "sliced" and self.strategy in ("scaffold", "feddf", "median"):
-            raise ValueError(f"strategy must be a mean of updates for sliced devices, got {self.strategy!r}")
+            raise Clash("strategy", f"must be a mean of updates for sliced devices, got {self.strategy!r}")
         pruned = self.start_recipe is not None and self.start_recipe.prune == "weight"
         if self.devices == "sliced" and (self.mask_ratio or self.privacy == "client" or pruned):
-            raise ValueError("devices must be equal or unequal with a mask or client-level privacy, got 'sliced'")
+            raise Clash("devices", "must be equal or unequal with a mask or client-level privacy, got 'sliced'")
         if self.clients_per_round > self.clients:
-            raise ValueError(
-                f"clients_per_round must be at most clients ({self.clients}), got {self.clients_per_round}"
-            )
+            raise Clash("clients_per_round", f"must be at most clients ({self.clients}), got {self.clients_per_round}")
         return self

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.data import Dataset
+from fedlab_kit.settings import FieldError
 
 
 def partition(dataset: Dataset, scheme: str, clients: int, alpha: float, seed: int) -> list[Tensor]:
@@ -19,7 +20,7 @@ def partition(dataset: Dataset, scheme: str, clients: int, alpha: float, seed: i
     """
     owners = {"iid": _iid, "dirichlet": _dirichlet, "shards": _shards, "site": _site}
     if scheme not in owners:
-        raise ValueError(f"partition must be one of {', '.join(owners)}, got {scheme!r}")
+        raise FieldError("partition", f"must be one of {', '.join(owners)}, got {scheme!r}")
     _check(dataset, scheme, clients, alpha)
     owner = owners[scheme](dataset, clients, alpha, np.random.default_rng(seed))
     counts = np.bincount(owner, minlength=clients)
@@ -55,17 +56,16 @@ def _check(dataset: Dataset, scheme: str, clients: int, alpha: float) -> None:
     dataset.filled("train")
     most = len(dataset.train) // 2 if scheme == "shards" else len(dataset.train)
     if not 1 <= clients <= most:
-        raise ValueError(
-            f"clients must be 1 to {most} for the {scheme} partition of {len(dataset.train)} samples, got {clients}"
+        raise FieldError(
+            "clients", f"must be 1 to {most} for the {scheme} partition of {len(dataset.train)} samples, got {clients}"
         )
     if scheme == "dirichlet" and not alpha > 0:
-        raise ValueError(f"alpha must be above 0, got {alpha}")
+        raise FieldError("alpha", f"must be above 0, got {alpha}")
+    if scheme == "site" and not dataset.sites:
+        raise FieldError("partition", f"'site' needs a dataset with sites; {dataset.name!r} has none")
     if scheme == "site" and clients != len(dataset.sites):
-        raise ValueError(
-            f"clients must be {len(dataset.sites)}, the number of sites of dataset {dataset.name!r}, got {clients}"
-            if dataset.sites
-            else f"partition 'site' needs a dataset with sites; {dataset.name!r} has none"
-        )
+        sites = f"{len(dataset.sites)}, the number of sites of dataset {dataset.name!r}"
+        raise FieldError("clients", f"must be {sites}, got {clients}")
 
 
 def _iid(dataset: Dataset, clients: int, alpha: float, rng: np.random.Generator) -> np.ndarray:

@@ -39,8 +39,16 @@ def complaint(error: Exception) -> str:
     return ": ".join([*kind, *filter(None, [" ".join(str(error).split())[:LONGEST]])])
 
 
-class Clash(ValueError):
-    """Fields that are each allowed and do not go together; the message is one line."""
+class FieldError(ValueError):
+    """What is wrong with one `field` of some settings; the message is one line that begins with its name."""
+
+    def __init__(self, field: str, rest: str) -> None:
+        super().__init__(f"{field} {rest}")
+        self.field = field
+
+
+class Clash(FieldError):
+    """Fields that are each allowed and do not go together."""
 
 
 class Settings(BaseModel):
@@ -98,12 +106,12 @@ _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or 
 def _wrong(owner: type[Settings], error: ValidationError) -> ValueError:
     """Word the first validation error as one line that names the field, what is allowed and what came."""
     first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":
-        return Clash(str(first["ctx"]["error"]))
+    if isinstance(clash := first.get("ctx", {}).get("error"), FieldError):
+        return clash
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return ValueError(f"{name} is not a field of {owner.__name__}; its fields are {', '.join(owner.model_fields)}")
-    return ValueError(f"{name} must be {allowed(owner, name)}, got {first['input']!r}")
+        return FieldError(name, f"is not a field of {owner.__name__}; its fields are {', '.join(owner.model_fields)}")
+    return FieldError(name, f"must be {allowed(owner, name)}, got {first['input']!r}")
 
 
 def allowed(owner: type[Settings], name: str) -> str:
