@@ -6,7 +6,6 @@ documentation are all made from that one place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
@@ -187,6 +186,11 @@ class Experiment(Settings):
         """The experiments whose final model this one needs."""
         return tuple(parent for parent in (self.start, self.teacher) if parent is not None)
 
+    @property
+    def lineage(self) -> tuple[Experiment, ...]:
+        """All that is trained for this one, each once and before what needs it; itself last."""
+        return tuple(dict.fromkeys([*(one for parent in self.parents for one in parent.lineage), self]))
+
     @model_validator(mode="after")
     def _fits_its_parents(self) -> Self:
         if self.teacher is not None and self.teacher.dataset != self.dataset:
@@ -199,7 +203,7 @@ class Experiment(Settings):
             raise Clash(
                 "mask_ratio", f"must be 0 or at least {begun:g}, what its start is pruned of: got {self.mask_ratio:g}"
             )
-        for name in {one.dataset for one in self._ancestors()} - {self.dataset}:
+        for name in {one.dataset for one in self.lineage[:-1]} - {self.dataset}:
             if {name, self.dataset} <= OVERLAP:
                 raise Clash(
                     "dataset", f"must not share pictures with a parent's, which is {name!r}: got {self.dataset!r}"
@@ -207,10 +211,6 @@ class Experiment(Settings):
         if any(parent.normalization == "own" for parent in self.parents):
             raise Clash("normalization", "must be shared in a start or a teacher: each client has a model of its own")
         return self
-
-    def _ancestors(self) -> Iterator[Experiment]:
-        for parent in self.parents:
-            yield from (parent, *parent._ancestors())
 
     def _pruned_of(self) -> float:
         """Return the share of weights that is gone before round one."""

@@ -19,10 +19,10 @@ from fedlab_kit.deployment.score import Model
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab.client_pictures import accuracy_of_each
 from fedlab_kit.lab.clients import describe_clients
-from fedlab_kit.lab.compare import comparison
+from fedlab_kit.lab.text import comparison
 from fedlab_kit.lab.leaderboard import worst_client
 from fedlab_kit.lab.plots import client_accuracy as draw
-from fedlab_kit.lab.wording import outcome
+from fedlab_kit.lab.text import outcome
 from fedlab_kit.personal import side_by_side
 from fedlab_kit.run import absent
 from fedlab_kit.wire import CODECS, NotFinite, PayloadError, compensate, make, pack, unpack

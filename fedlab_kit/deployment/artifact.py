@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from fedlab_kit.store import when_and_where
 LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
 LARGE, QUICK = 4_000_000, 3  # bytes above which level 18 takes seconds, and the level there: a quarter second for 44 MB
 SMALL, SHORT = 500_000, {"chain_log": 16, "hash_log": 16, "search_log": 4}  # above: within 0.3 % in half the time
+BURSTS = 6  # of which all but one in 32 have the median between their ends
 _PACKAGES = ("torch", "torch-pruning", "onnx", "onnxruntime", "zstandard")  # besides the code, they decide a file
 _SOURCES = {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}  # while it is what is loaded
 
@@ -158,6 +160,26 @@ def recall(
         raise StoreError(f"{path} or a file beside it is cut or altered") from error
     found = _artifact(path, card, None, subject.dataset)
     return found if card["machine"] == when_and_where()["machine"] else _timed_here(found, subject.held)
+
+
+def time_beside(artifact: Artifact, baseline: Artifact) -> Artifact:
+    """Time a file in turns with the fp32 file of the same model; its latency and the ratio of the two go on its card.
+
+    Both are the middle of `BURSTS` bursts. Their ends stand beside them, under `latency`: a 97 % interval of the median
+    whatever the distribution, which holds what changes from burst to burst as well.
+    """
+    raw, sessions = artifact.dataset.filled("validation").x[:1], [artifact.session, baseline.session]
+    with TURN:
+        bursts = [[one.median for one in measure.latencies(sessions, raw, 0.01)] for _ in range(BURSTS)]
+    mine = [1e3 * one for one, _ in bursts]
+    ratio = 1.0 if artifact.digest == baseline.digest else median(one / other for one, other in bursts)
+    card = {
+        **artifact.card,
+        "measured": {**artifact.card["measured"], "latency_ms": median(mine)},
+        "latency": {"low": min(mine), "high": max(mine), "ratio": ratio, "beside": baseline.digest},
+    }
+    _write_card(artifact.path, card)
+    return _artifact(artifact.path, card, artifact.session, artifact.dataset)
 
 
 def _compress(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Artifact:
@@ -336,6 +358,7 @@ def _timed_here(artifact: Artifact, held: data.Split) -> Artifact:
     with TURN:
         measured = {**artifact.card["measured"], **_speed(artifact.session, held)}
     card = {**artifact.card, "measured": measured, **when_and_where()}
+    card.pop("latency", None)  # of the other machine
     _write_card(artifact.path, card)
     return _artifact(artifact.path, card, artifact.session, artifact.dataset)
 
