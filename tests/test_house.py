@@ -22,11 +22,11 @@ ORDER = [
     "deployment.subject", "deployment.artifact", "deployment.evaluate",
     "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor", "deployment.stream",
     "deployment.maintain", "training", "sweep",
-    "lab.canvas", "lab.curve", "lab.clients", "lab.client_pictures", "lab.plots", "lab.marks",
+    "lab.style", "lab.plot", "lab.client_figures", "lab.figures", "lab.chart", "lab.marks",
     "lab.wording", "lab.session",
     "lab.points", "lab.compressor", "lab.follow", "lab.report", "lab.export", "lab.leaderboard", "lab.desk",
     "lab.pictures", "lab.compare", "lab.control", "lab.controls", "lab.shelf", "lab.point_shelf", "lab.run_shelf",
-    "lab.client_shelf", "lab.screen", "lab.view", "lab.bench", "lab.looks", "lab.watch", "__main__",
+    "lab.client_shelf", "lab.screen", "lab.view", "lab.bench", "lab.watch", "__main__",
 ]  # fmt: skip
 EMPTY = {"compression", "federation", "deployment", "scale", "lab"}  # packages that hold a docstring alone
 

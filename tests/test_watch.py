@@ -9,7 +9,8 @@ import pytest
 import fedlab_kit as fk
 from fedlab_kit.data import load
 from fedlab_kit.deployment.stream import Stream, draw
-from fedlab_kit.lab.looks import alarm_table, describe_distances, describe_power, distances, power
+from fedlab_kit.lab.figures import alarm_table, distances, power
+from fedlab_kit.lab.plot import to_figure
 from fedlab_kit.lab.watch import TEXT, Watch
 
 EXPERIMENT = fk.Experiment(
@@ -116,23 +117,24 @@ def look(patients: int, distance: float) -> SimpleNamespace:
 
 def test_distances_in_lines_and_in_words():
     looks = [look(20, 1.0), look(30, 1.5), look(40, 2.5)]
-    axes = distances(looks, begin=25).axes[0]
-    assert [line.get_label() for line in axes.lines] == ["limit", "distance", "alarm", "change"]
-    assert list(axes.lines[1].get_ydata()) == [1.0, 1.5, 2.5] and list(axes.lines[2].get_xdata()) == [40]
-    said = describe_distances(looks, 25)
-    assert said == (
+    shown = distances(looks, begin=25)
+    assert [kind.name for kind in shown.kinds] == ["limit", "distance", "alarm", "change"]
+    limit, distance, change = shown.lines
+    assert [y for _, y in distance.points] == [1.0, 1.5, 2.5] and {x for x, _ in change.points} == {25}
+    assert limit.kind == "limit" and [mark.x for mark in shown.marks] == [40]
+    assert shown.alt == (
         "Distance from the reference at 3 looks: 1 alarm, the first after 40 patients. The change begins "
         "after 25 patients."
     )
-    assert describe_distances(looks[:2]).endswith("always below the limit.")
-    assert len(distances([]).axes) == 1
+    assert distances(looks[:2]).alt.endswith("always below the limit.")
+    assert len(to_figure(distances([])).axes) == 1 and len(to_figure(shown).axes[0].lines) == 4
 
 
 def test_power_in_lines_and_in_words():
     caught = {"north": [0.0, 1.0], "south": [0.1, 0.5]}
-    assert [list(line.get_ydata()) for line in power([0, 1], caught, "offset").axes[0].lines] == [[0, 100], [10, 50]]
-    said = describe_power([0, 1], caught, "offset")
-    assert said.endswith("(offset) from 0 to 1: north from 0.0 % to 100.0 %; south from 10.0 % to 50.0 %.")
+    shown = power([0, 1], caught, "offset")
+    assert [[y for _, y in line.points] for line in shown.lines] == [[0, 100], [10, 50]]
+    assert shown.alt.endswith("(offset) from 0 to 1: north from 0.0 % to 100.0 %; south from 10.0 % to 50.0 %.")
 
 
 def test_alarms_are_a_table_whose_words_are_escaped(artifact):

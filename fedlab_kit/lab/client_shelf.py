@@ -10,7 +10,7 @@ import ipywidgets as widgets
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.server import RoundRecord
-from fedlab_kit.lab.client_pictures import MOST, accuracy_of_each, labels_held
+from fedlab_kit.lab.client_figures import MOST, accuracy_of_each, labels_held
 from fedlab_kit.lab.controls import folded, is_open
 from fedlab_kit.run import absent
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from fedlab_kit.clients import client_names
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.lab.canvas import html_table, human_bytes, percent, three
 from fedlab_kit.lab.marks import Marks
+from fedlab_kit.lab.style import html_table, human_bytes, percent, three
 from fedlab_kit.lab.wording import difference, moment, origin
 from fedlab_kit.run import StoredRun
 from fedlab_kit.settings import Settings

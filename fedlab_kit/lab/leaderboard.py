@@ -24,7 +24,7 @@ from fedlab_kit.deployment.score import read
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.setup import strata, task
 from fedlab_kit.files import at, is_number
-from fedlab_kit.lab.canvas import percent
+from fedlab_kit.lab.style import percent
 from fedlab_kit.run import Run
 from fedlab_kit.runs import identify, train
 from fedlab_kit.statistics import paired_loss, wilson

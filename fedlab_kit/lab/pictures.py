@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.lab.canvas import to_html
-from fedlab_kit.lab.curve import Curve, LiveCurve, accuracy_curve, describe_curve
+from fedlab_kit.lab.figures import Curve, accuracy_against, accuracy_curve, to_html
 from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.plots import accuracy_against, describe_points
 from fedlab_kit.lab.points import Points, table
 from fedlab_kit.lab.session import Session
 from fedlab_kit.lab.wording import difference, role
@@ -17,30 +15,21 @@ BEHIND = 6  # earlier curves in a picture
 
 
 class CurvePicture:
-    """Accuracy per round of a session: cheap pictures while a run is under way, a fine one when it has ended."""
+    """Accuracy per round of a session."""
 
     def __init__(self) -> None:
         self._shown: Any = None
         self._html = ""
-        self._live: LiveCurve | None = None
-        self._live_of: Any = None
 
     def draw(self, session: Session, marks: Marks, asked: Experiment) -> str:
         """Return the picture; before the first run it is that of `asked`."""
         stage = session.stage or asked
         records, earlier, rounds = session.records, earlier_curves(session, marks, asked), stage.rounds
         behind = tuple((label, len(curve)) for label, curve in earlier)
-        now = (stage, len(records), behind, session.busy)
+        now = (stage, len(records), behind)
         if self._shown == now:
             return self._html
-        alt = describe_curve(records, earlier, rounds)
-        if session.busy:
-            if self._live is None or self._live_of != (stage, behind):
-                self._live, self._live_of = LiveCurve(earlier, rounds), (stage, behind)
-            self._html = self._live.to_html(records, alt)
-        else:
-            self._live = None
-            self._html = to_html(accuracy_curve(records, earlier, rounds), alt)
+        self._html = to_html(accuracy_curve(records, earlier, rounds))
         self._shown = now
         return self._html
 
@@ -79,7 +68,7 @@ class ScatterPicture:
             return self._html
         rows, number = points.shown(dataset, earlier), points.current.number if points.current else None
         current = next((index for index, row in enumerate(rows) if row["point"] == number), None)
-        self._html = to_html(accuracy_against(rows, axis, current=current), describe_points(rows, axis, current))
+        self._html = to_html(accuracy_against(rows, axis, current=current))
         self.table = table(rows, number)
         self._shown = now
         return self._html

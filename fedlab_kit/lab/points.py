@@ -10,8 +10,8 @@ from typing import Any
 from fedlab_kit.deployment.artifact import Artifact, check_card, slug
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.files import read_json
-from fedlab_kit.lab.canvas import html_table, human_bytes, human_ms, percent, with_interval
 from fedlab_kit.lab.marks import Mark, Marks
+from fedlab_kit.lab.style import html_table, human_bytes, human_ms, percent, with_interval
 from fedlab_kit.lab.wording import moment, origin
 from fedlab_kit.run import StoredRun
 from fedlab_kit.sweep import MEASURED

@@ -10,9 +10,9 @@ from typing import Any
 
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.lab import plots
-from fedlab_kit.lab.canvas import human_bytes, human_ms, percent, with_interval
-from fedlab_kit.lab.client_pictures import MOST, accuracy_of_each, labels_held
+from fedlab_kit.lab.client_figures import MOST, accuracy_of_each, labels_held
+from fedlab_kit.lab.figures import accuracy_against, accuracy_curve, to_html
+from fedlab_kit.lab.style import human_bytes, human_ms, percent, with_interval
 from fedlab_kit.run import StoredRun
 from fedlab_kit.wire.privacy import outside
 
@@ -71,18 +71,13 @@ def measured(artifact: Artifact, run: StoredRun) -> dict[str, str]:
 
 
 def _curve(run: StoredRun) -> str:
-    return plots.to_html(plots.accuracy_curve(run.records), plots.describe_curve(run.records))
+    return to_html(accuracy_curve(run.records))
 
 
 def _scatter(artifact: Artifact, points: Sequence[Mapping[str, Any]]) -> str:
     """Draw the points by both sizes, the exported one ringed."""
     current = next((i for i, point in enumerate(points) if Path(point["path"]).name == artifact.path.name), None)
-    return "\n".join(
-        plots.to_html(
-            plots.accuracy_against(points, axis, current=current), plots.describe_points(points, axis, current)
-        )
-        for axis in ("bytes", "zstd_bytes")
-    )
+    return "\n".join(to_html(accuracy_against(points, axis, current=current)) for axis in ("bytes", "zstd_bytes"))
 
 
 def _clients(run: StoredRun) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 import ipywidgets as widgets
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.lab.canvas import to_html
 from fedlab_kit.lab.compare import comparison, run_option, run_words, runs_table, told_apart
 from fedlab_kit.lab.controls import folded, is_open
-from fedlab_kit.lab.curve import accuracy_curve, describe_curve
 from fedlab_kit.lab.desk import Desk
+from fedlab_kit.lab.figures import accuracy_curve, to_html
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.shelf import SHORT, WRAP, Choice, button
 from fedlab_kit.run import StoredRun
@@ -72,4 +71,4 @@ class RunShelf:
         behind = [(told_apart(other, one, marks), other.records)]
         rounds = max(one.experiment.rounds, other.experiment.rounds)
         figure = accuracy_curve(one.records, behind, rounds, told_apart(one, other, marks))
-        self.curve.value = to_html(figure, describe_curve(one.records, behind, rounds))
+        self.curve.value = to_html(figure)

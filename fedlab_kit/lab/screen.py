@@ -15,7 +15,7 @@ from fedlab_kit.lab.client_shelf import ClientShelf
 from fedlab_kit.lab.control import Control
 from fedlab_kit.lab.controls import Controls, help_text
 from fedlab_kit.lab.desk import Desk
-from fedlab_kit.lab.plots import AXES
+from fedlab_kit.lab.figures import AXES
 from fedlab_kit.lab.point_shelf import PointShelf
 from fedlab_kit.lab.run_shelf import RunShelf
 from fedlab_kit.lab.shelf import WRAP, button

@@ -10,7 +10,7 @@ from threading import Event, Lock, Thread
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.files import StoreError, spare_folder
-from fedlab_kit.lab.canvas import percent
+from fedlab_kit.lab.style import percent
 from fedlab_kit.lab.wording import outcome, role
 from fedlab_kit.run import Run, StoredRun
 from fedlab_kit.runs import find, train

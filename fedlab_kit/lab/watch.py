@@ -14,10 +14,9 @@ from fedlab_kit.data import Dataset
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.deployment.monitor import Alarm, Monitor
 from fedlab_kit.deployment.stream import Stream, draw
-from fedlab_kit.lab.canvas import to_html
 from fedlab_kit.lab.control import KNOB, Control
 from fedlab_kit.lab.controls import Controls, help_text
-from fedlab_kit.lab.looks import alarm_table, describe_distances, distances
+from fedlab_kit.lab.figures import alarm_table, distances, to_html
 from fedlab_kit.lab.screen import halves, heading, page, status
 from fedlab_kit.settings import complaint
 
@@ -104,7 +103,7 @@ class Watch:
         looks = drifts["inputs"].looks if drifts else []
         begin = stream.begin if stream.begin < stream.patients else None
         self.alarms = monitor.alarms
-        self.picture.value = to_html(distances(looks, begin), describe_distances(looks, begin))
+        self.picture.value = to_html(distances(looks, begin))
         self.table.value = alarm_table(self.alarms) if self.alarms else ""
         self.status.value = status(_said(self.alarms, begin, site))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlab_kit.experiment import Experiment
-from fedlab_kit.lab.canvas import with_interval
+from fedlab_kit.lab.style import with_interval
 from fedlab_kit.run import Run
 from fedlab_kit.settings import Settings
 
