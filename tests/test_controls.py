@@ -202,7 +202,11 @@ def test_an_error_of_the_run_is_shown_beside_the_field_it_names():
     made = controls()
     made.complain(FieldError("partition", "must be iid, got 'site'"))
     assert "partition must be iid" in made["partition"].note.value and 'role="alert"' in made["partition"].note.value
-    for other in (FieldError("teacher", "is missing"), ValueError("lr is in here by chance"), OSError("the disk is full")):
+    for other in (
+        FieldError("teacher", "is missing"),
+        ValueError("lr is in here by chance"),
+        OSError("the disk is full"),
+    ):
         made.complain(other)
     assert 'role="alert"' not in made["lr"].note.value
 

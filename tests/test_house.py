@@ -14,7 +14,7 @@ ORDER = [
     "wire.codecs", "wire.frame", "wire", "wire.links", "wire.privacy",
     "federation.fast_path", "federation.flat_model", "federation.setup", "federation.devices", "federation.masking",
     "federation.messages", "federation.aggregate", "federation.server", "federation.client",
-    "federation.rounds", "store", "clients", "run", "runs",
+    "federation.rounds", "store", "clients", "run", "runs", "reproduce",
     "scale.settings", "scale.client", "scale.exchange", "scale.flower", "scale.credentials", "scale.processes",
     "scale.engines",
     "scale.cost", "personal", "deployment.measure",
@@ -22,11 +22,9 @@ ORDER = [
     "deployment.subject", "deployment.artifact", "deployment.evaluate",
     "deployment.fleet", "deployment.registry", "deployment.drift", "deployment.monitor", "deployment.stream",
     "deployment.maintain", "training", "sweep",
-    "lab.canvas", "lab.curve", "lab.clients", "lab.client_pictures", "lab.plots", "lab.marks",
-    "lab.wording", "lab.session",
-    "lab.points", "lab.compressor", "lab.follow", "lab.report", "lab.export", "lab.leaderboard", "lab.desk",
-    "lab.pictures", "lab.compare", "lab.control", "lab.controls", "lab.shelf", "lab.point_shelf", "lab.run_shelf",
-    "lab.client_shelf", "lab.screen", "lab.view", "lab.bench", "lab.looks", "lab.watch", "__main__",
+    "lab.style", "lab.plot", "lab.client_figures", "lab.figures", "lab.chart", "lab.history", "lab.text",
+    "lab.worker", "lab.bundle", "lab.leaderboard", "lab.workbench", "lab.controls", "lab.layout", "lab.bench",
+    "lab.drift_bench", "__main__",
 ]  # fmt: skip
 EMPTY = {"compression", "federation", "deployment", "scale", "lab"}  # packages that hold a docstring alone
 

@@ -42,10 +42,10 @@ class Watch:
             tooltip="Whose patients come.",
             **KNOB,
         )
-        self.status, self.picture, self.table = widgets.HTML(), Chart(), widgets.HTML()
+        self.status, self.chart, self.table = widgets.HTML(), Chart(), widgets.HTML()
         knobs = list(self.controls.of(Stream).values())
         left = [heading("Stream", "answers at once"), self.site, *(knob.widget for knob in knobs), help_text(knobs)]
-        self.widget = page([halves(left, [self.picture.box, self.status, self.table])])
+        self.widget = page([halves(left, [self.chart.box, self.status, self.table])])
         self._worker = Worker(self._failed, daemon=True)
         self.controls.changed = lambda owner, drag: self.ask()
         self.site.observe(lambda change: self.ask(), "value")
@@ -82,13 +82,13 @@ class Watch:
         looks = drifts["inputs"].looks if drifts else []
         begin = stream.begin if stream.begin < stream.patients else None
         self.alarms = monitor.alarms
-        self.picture.show(distances(looks, begin))
+        self.chart.show(distances(looks, begin))
         self.table.value = alarm_table(self.alarms) if self.alarms else ""
         self.status.value = status(_said(self.alarms, begin, site))
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """Show the widgets; where none can be shown, one line that never changes, which notebook tests compare."""
-        if not self.table.value and not self.picture.picture.value:
+        if not self.table.value and not self.chart.picture.value:
             self.ask()
         return {**self.widget._repr_mimebundle_(**options), "text/plain": TEXT}
 
