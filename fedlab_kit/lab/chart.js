@@ -2,7 +2,7 @@
 // User text enters the page as text alone (textContent, attributes), never as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
-const HTML = ["div", "button", "dl", "dt", "dd", "b", "a", "canvas"];
+const HTML = ["div", "button", "span", "a", "canvas"];
 const NEAR = 16; // px from which a mark is touched
 const DASHES = { "--": "6 4", ":": "2 3" };
 const STARS = { s: [4, 45], "^": [3, 0], D: [4, 0], v: [3, 180], P: [4, 0, 0.35], X: [4, 45, 0.35], "*": [5, 0, 0.45], p: [5, 0], h: [6, 0] };
@@ -348,10 +348,11 @@ class Chart {
     const chosen = this.model.get("chosen");
     for (const { classList, dataset } of this.lines.querySelectorAll("[data-key]")) classList.toggle("lit", [this.lit, chosen].includes(dataset.key));
     this.svg.style.cursor = one ? "pointer" : "";
-    this.tip.style.display = one ? "block" : "none";
+    this.tip.style.display = one ? "grid" : "none";
     if (!one) return;
-    const pairs = one.tip.flatMap(([head, value]) => [make("dt", {}, head), make("dd", {}, short(value, 200))]);
-    this.tip.replaceChildren(make("b", {}, short(one.end || one.name.trim() || one.kind.trim(), 200)), make("dl", {}, ...pairs));
+    const pairs = one.tip.flatMap((pair) => pair.map((words) => make("span", {}, short(words, 200))));
+    const head = short(one.end || one.name.trim() || one.kind.trim(), 200);
+    this.tip.replaceChildren(make("span", { class: "fedlab-head" }, head), ...pairs); // no lists: JupyterLab has styles for them
     const [x, y] = one.at || this.nodes.get(one.key).at;
     const [outer, inner, wide] = [this.root.getBoundingClientRect(), this.svg.getBoundingClientRect(), this.tip.offsetWidth];
     const [right, left] = [x + 14 + wide <= outer.width, x - 14 >= wide];
