@@ -52,7 +52,16 @@ HUMAN: dict[str, Callable[[Any], str]] = {  # how a field is written that is no 
     "downlink_bytes": AXES["bytes"].write,
     "parameters": "{:,}".format,
 }
-UNTOLD = {"low", "high", "lost_low", "lost_high", "earlier", "path", "run"}  # said in other words, or for machines
+UNTOLD = {
+    "name",
+    "low",
+    "high",
+    "lost_low",
+    "lost_high",
+    "earlier",
+    "path",
+    "run",
+}  # said in other words, or for machines
 
 
 def accuracy_against(

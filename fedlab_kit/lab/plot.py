@@ -134,7 +134,7 @@ def to_image(drawn: Plot | Figure, alt: str = "") -> Image:
 def to_figure(plot: Plot) -> Figure:
     """Draw a plot as a transparent figure; every text in it is taken as it stands."""
     ends, kinds = [line for line in plot.lines if line.end], {kind.name: kind for kind in plot.kinds}
-    figure, axes = canvas(right=0.3 if ends else 0.23)
+    figure, axes = canvas(right=0.3 if ends else 0.26)
     _scale(axes, plot)
     for line in plot.lines:
         _draw_line(axes, line, kinds[line.kind], plot.x.ends[1])
@@ -196,9 +196,10 @@ def _add_legend(axes: Axes, plot: Plot) -> None:
         for kind in shown
     ]  # fmt: skip
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False, "fontsize": 9}
+    place |= {"handlelength": 1.5, "handletextpad": 0.6, "borderpad": 0}
     legend = axes.legend(handles=handles, labelcolor=GREY, **place)
     for text, kind in zip(legend.get_texts(), shown, strict=True):
-        text.set_text("\n".join(wrap(plain(kind.name), 16)))  # only now: matplotlib leaves out what begins with "_"
+        text.set_text("\n".join(wrap(plain(kind.name), 14)))  # only now: matplotlib leaves out what begins with "_"
 
 
 def _name_marks(axes: Axes, marks: Sequence[Mark]) -> None:
