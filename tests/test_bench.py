@@ -161,7 +161,7 @@ def test_what_is_out_of_date_is_said(bench):
 
 def test_the_first_screen_holds_the_chosen_controls_and_nothing_twice():
     bench = Bench(controls=["rounds", "dtype", "dropout"])
-    _, _, knobs, _, below = bench.screen.widget.children
+    _, _, knobs, below, _, _ = bench.screen.widget.children
     train, compress = (side.children for side in knobs.children)
     assert train[1:3] == (bench.controls["rounds"].widget, bench.controls["dropout"].widget)
     assert compress[1] is bench.controls["dtype"].widget

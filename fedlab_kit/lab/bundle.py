@@ -17,6 +17,7 @@ from fedlab_kit.lab.chart import live_html
 from fedlab_kit.lab.client_figures import MOST, accuracy_of_each, labels_held
 from fedlab_kit.lab.figures import accuracy_against, accuracy_curve
 from fedlab_kit.lab.style import human_bytes, human_ms, percent, with_interval
+from fedlab_kit.lab.text import latency
 from fedlab_kit.reproduce import reproduce
 from fedlab_kit.run import StoredRun
 from fedlab_kit.statistics import paired_loss
@@ -171,5 +172,5 @@ def _latency(artifact: Artifact) -> str:
     """Say how long one prediction takes, with its interval and its ratio to fp32 where it was timed beside that."""
     if not (about := artifact.card.get("latency")):
         return human_ms(artifact.latency_ms)
-    ends = f"{human_ms(about['low'])} to {human_ms(about['high'])}"
-    return f"{human_ms(artifact.latency_ms)} ({ends}), {about['ratio']:.2f} of fp32"
+    timed = latency(about["low"], artifact.latency_ms, about["high"])
+    return f"{timed}, {about['ratio']:.2f} of its fp32 file's"

@@ -152,7 +152,7 @@ class Number(Control):
         self._leading = False
         self._follow()
         self.slider.observe(lambda change: self._lead(), "value")
-        return widgets.HBox([self.field, self.slider])
+        return widgets.HBox([self.field, self.slider], layout={"flex_flow": "row wrap"})
 
     def _changed(self) -> None:
         self._follow()

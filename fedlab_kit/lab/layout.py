@@ -316,7 +316,7 @@ class SharePanel:
             button("Open state", "Set this bench to what stands in the field", self._open),
         ]
         rows = [self.text, widgets.HBox(buttons, layout=WRAP), self.said]
-        self.widget = folded("share these settings", rows)
+        self.widget = folded("a state to share", rows)
 
     def _show(self) -> None:
         self.text.value = self._read()
@@ -386,10 +386,9 @@ class Screen:
         return earlier_curves(self._workbench.session, self._workbench.marks, asked, self._workbench.filter)
 
     def _rows(self, knobs: Sequence[Control], without: Sequence[str]) -> list[Any]:
-        """Return three rows of two halves: knobs, charts, and what is folded away; each wraps on a narrow screen."""
+        """Return knobs, the drawer with all others, charts, and what can be done with runs and points."""
         mine = {owner: [c for c in knobs if c.owner is owner] for owner in (Experiment, Recipe)}
         folds = [fold for owner in (Experiment, Recipe) for fold in groups(self._controls, owner, without)]
-        drawer = widgets.VBox([widgets.VBox(folds).add_class("fedlab-groups")]).add_class("fedlab-drawer")
         return [
             halves(
                 [heading("Train", "takes effect with Run"), *shown(mine[Experiment]),
@@ -397,10 +396,11 @@ class Screen:
                 [heading("Compress", "answers at once, for a finished run"), *shown(mine[Recipe]),
                  self.compress_status],
             ),
+            widgets.HBox(folds).add_class("fedlab-drawer"),
             halves([self.curve.box], [self.scatter.box, self.axis]),
             halves(
-                [drawer, self.clients.widget, self.runs.widget, self.share.widget],
-                [self.points.widget, self.study.widget],
+                [self.runs.widget, self.clients.widget, self.study.widget, self.share.widget],
+                [self.points.widget],
             ),
         ]  # fmt: skip
 
@@ -514,9 +514,9 @@ def hint(text: str) -> str:
 def folded(title: str, rows: list[Any], moved: Callable[[], object] = lambda: None) -> Any:
     """Return a button that shows and hides rows of widgets, and calls `moved` then; an Accordion has no keyboard."""
     body = widgets.VBox(rows, layout={"display": "none", "padding": "0 0 8px 0"})
-    made = widgets.Button(description=f"Show {title}", layout={"width": "320px", "max_width": "98%"})
+    made = widgets.Button(description=f"Show {title}", layout={"width": "auto", "max_width": "none"})
     made.on_click(lambda _: _toggle(made, body, title, moved))
-    return widgets.VBox([made, body])
+    return widgets.VBox([made, body], layout={"align_items": "flex-start", "max_width": "100%"})
 
 
 def _every(widget: Any) -> list[Any]:

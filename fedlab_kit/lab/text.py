@@ -173,20 +173,19 @@ def words(row: Row) -> str:
 
 def said(row: Row) -> str:
     """Say what was measured on a point, and when."""
+    ends = row["latency_low"], row["latency_ms"], row["latency_high"]
+    timed = f", {latency(*ends)}, {row['latency_ratio']:.2f} of fp32" if row["latency_ratio"] else ""
     text = (
         f"{words(row)}: {with_interval(row['accuracy'], row['low'], row['high'])}, "
-        f"{human_bytes(row['bytes'])}, {human_bytes(row['zstd_bytes'])} with zstd; "
+        f"{human_bytes(row['bytes'])}, {human_bytes(row['zstd_bytes'])} with zstd{timed}; "
         f"{origin(row['earlier'], row)}."
     )
     return f"{text} Note: {row['note']}." if row["note"] else text
 
 
-def latency(row: Row) -> str:
-    """Say how long one prediction takes, with its interval and its ratio to fp32 once it was timed beside that."""
-    if not row["latency_ratio"]:
-        return "not timed yet"
-    ends = " to ".join(human_ms(row[f"latency_{end}"]) for end in ("low", "high"))
-    return f"{human_ms(row['latency_ms'])} ({ends}), {row['latency_ratio']:.2f} of fp32"
+def latency(low: float, middle: float, high: float) -> str:
+    """Say how long one prediction takes, with its interval, in milliseconds."""
+    return f"{human_ms(middle)} ({human_ms(low)} to {human_ms(high)})"
 
 
 def table(rows: Sequence[Row], current: int | None) -> str:
@@ -196,11 +195,13 @@ def table(rows: Sequence[Row], current: int | None) -> str:
     last = rows[: -LAST - 1 : -1]
     where = ", ".join(sorted({row["machine"] for row in last}))
     some = f"The last {LAST} of {len(rows)} points" if len(rows) > LAST else "All points"
-    heads = ("Point", "Accuracy", "File", "zstd", "Latency", "Measured")
+    heads = ("Point", "Accuracy", "File", "zstd", "Latency", "of fp32", "Measured")
     place = next((index for index, row in enumerate(last) if row["point"] == current), None)
     return html_table(f"{some}, measured on {where}", heads, map(_line, last), current=place)
 
 
 def _line(row: Row) -> tuple[str, ...]:
-    sizes = human_bytes(row["bytes"]), human_bytes(row["zstd_bytes"])
-    return words(row), percent(row["accuracy"]), *sizes, latency(row), moment(row) if row["earlier"] else "now"
+    cells = [words(row), percent(row["accuracy"]), human_bytes(row["bytes"]), human_bytes(row["zstd_bytes"])]
+    timed = row["latency_ratio"] is not None  # in the same turn as the fp32 file, while nothing else was under way
+    cells += [human_ms(row["latency_ms"]), f"{row['latency_ratio']:.2f}"] if timed else ["not yet", ""]
+    return *cells, moment(row) if row["earlier"] else "now"

@@ -348,7 +348,8 @@ class Compressor:
         plain = self.points.find(point.run, Recipe()) if point else None
         if point and point.artifact and plain and plain.artifact:
             self.points.opened(point, time_beside(point.artifact, plain.artifact))
-            self._news()
+            current = self.points.current and self.points.current.key == key and self.nearest is None
+            self.say(self._outcome()) if current else self._news()
         return None
 
     def _choose(self, number: int) -> None:
