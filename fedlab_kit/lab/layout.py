@@ -497,7 +497,7 @@ def halves(left: Iterable[Any], right: Iterable[Any]) -> Any:
 
 def heading(title: str, meaning: str) -> Any:
     """Return what stands above a side of the bench."""
-    return widgets.HTML(f'<div class="fedlab-side" role="heading" aria-level="3">{title} <span>{meaning}</span></div>')
+    return widgets.HTML(f'<div class="fedlab-side" role="heading" aria-level="2">{title} <span>{meaning}</span></div>')
 
 
 def status(text: str, bar: str = "", grey: bool = False) -> str:
