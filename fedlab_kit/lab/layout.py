@@ -293,7 +293,7 @@ def study(name: str, found: Sequence[tuple[Any, Row | None]]) -> Plot:
         for place, (_, row) in enumerate(found)
         if row
     )
-    told = ", ".join(f"{value}: {percent(row['accuracy']) if row else 'to come'}" for value, row in found)
+    told = ", ".join(f"{value}: {percent(row['accuracy']) if row else 'no point'}" for value, row in found)
     return Plot(
         Axis(label, ends=(-0.5, len(found) - 0.5), names=tuple(str(value) for value, _ in found)),
         Axis("Accuracy on validation (%)", ends=room(marks)),

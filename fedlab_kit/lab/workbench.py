@@ -90,7 +90,7 @@ class Session:
     def start(self, *experiments: Experiment) -> bool:
         """Begin to train one after the other; False, and a word in the status, while a run is under way."""
         with self._lock:
-            if self.busy:
+            if self.busy or self.worker.closed:
                 self._aside = "Run was refused: one run at a time, press Stop or wait."
                 return False
             self.busy, self.error, self._aside, self._unstored = True, "", "", ""
@@ -114,6 +114,13 @@ class Session:
         with self._lock:  # so that a worker that is about to begin has begun
             pass
         return self.worker.wait(timeout)
+
+    def close(self) -> None:
+        """Stop for good."""
+        self.stop()
+        self.worker.close()
+        with self._lock:
+            self.busy = self.busy and self.worker.busy  # what had not begun is over
 
     def refuse(self, reason: str) -> None:
         """Add to the status why nothing was started; "" takes it back."""
@@ -255,7 +262,7 @@ class Compressor:
         The uncompressed file of the run is measured first, once. What a `drag` measures on its way it takes back.
         """
         self._gesture += not (drag and monotonic() - self._moved < DRAG)
-        self._moved = monotonic()
+        self._moved = monotonic() if drag else 0.0
         near = None if self.points.find(run, recipe) else self.points.nearest(run, recipe)
         self.nearest = near.number if near else None
         if near:
@@ -561,10 +568,9 @@ class Workbench:
 
     def close(self) -> None:
         """Stop the run under way, drop what waits, and take nothing more."""
-        self.session.stop()
         self.listen(nobody)
-        for worker in (self.session.worker, self.compressor.worker):
-            worker.close()
+        self.session.close()
+        self.compressor.worker.close()
 
     def _finished(self, run: Run) -> None:
         self.base = run

@@ -33,7 +33,7 @@ class Worker:
         self._jobs: dict[object, Job] = {}
         self._doing: Job | None = None
         self._thread: Thread | None = None
-        self._closed = False
+        self.closed = False
 
     @property
     def busy(self) -> bool:
@@ -48,7 +48,7 @@ class Worker:
     def ask(self, do: Callable[[], object], name: str = "", delay: float = 0.0, resting: bool = False) -> None:
         """Have a job done after `delay` seconds; it takes the place of one of its name that has not begun."""
         with self._news:
-            if self._closed:
+            if self.closed:
                 return
             self._jobs[name or object()] = Job(do, monotonic() + delay, resting)
             if self._thread is None:
@@ -68,7 +68,7 @@ class Worker:
     def close(self) -> None:
         """Drop what has not begun, and take nothing more."""
         with self._news:
-            self._closed = True
+            self.closed = True
             self._jobs.clear()
             self._news.notify_all()
 
