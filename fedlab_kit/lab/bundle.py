@@ -111,7 +111,7 @@ def report(artifact: Artifact, run: StoredRun, points: Rows, code: str) -> str:
         plain=plain,
         charts=live_html(*drawn),
         clients=f"{labels_held(e)}\n{accuracy_of_each(e, run.records[-1])}" if e.clients <= MOST else "",
-        chosen={name: every[name] for name in every if name in e.changes() or name in Recipe.model_fields},
+        chosen={name: every[name] for name in every if name in {"seed", *e.changes(), *Recipe.model_fields}},
         every=every,
         code=code,
     )  # fmt: skip
@@ -141,8 +141,9 @@ def _result(artifact: Artifact, plain: Artifact | None) -> str:
     lost, low, high, _ = (100 * value for value in paired_loss(*right))
     times = [getattr(plain, name) / getattr(artifact, name) for name in ("bytes", "zstd_bytes")]
     return (
-        f"{times[0]:.1f} times smaller than its fp32 file ({times[1]:.1f} times with zstd), {lost:.1f} points of "
-        f"accuracy lost on the test split (95 % interval {low:.1f} to {high:.1f})."
+        f"{times[0]:.1f} times smaller than its fp32 file ({times[1]:.1f} times with zstd), "
+        f"{abs(lost):.1f} points of accuracy {'lost' if lost >= 0 else 'won'} on the test split "
+        f"(95 % interval of the loss {low:.1f} to {high:.1f})."
     )
 
 

@@ -189,10 +189,15 @@ class Points:
 
     def __init__(self, marks: Marks, runs: Iterable[StoredRun] = ()) -> None:
         self.marks = marks
-        found = sorted((one for run in runs for one in _points_of(run)), key=lambda one: one[0])
-        self.all = tuple(replace(point, number=number) for number, (_, point) in enumerate(found, start=1))
+        self.all: tuple[Point, ...] = ()
         self.asked: tuple[int, ...] = ()
         self.current: Point | None = None
+        self.read(runs)
+
+    def read(self, runs: Iterable[StoredRun]) -> None:
+        """Begin with the points of stored runs, in the order of their measurement."""
+        found = sorted((one for run in runs for one in _points_of(run)), key=lambda one: one[0])
+        self.all = tuple(replace(point, number=number) for number, (_, point) in enumerate(found, start=1))
 
     def add(self, run: StoredRun, recipe: Recipe, artifact: Artifact) -> Point:
         """Put an artifact at the end, or in the place of its like, and make it the current point."""

@@ -37,6 +37,7 @@ PARTS = ("onnx", "onnxscript", "onnxruntime.quantization", "torch._dynamo", "tor
 NO_RUN = "Press Run first: these controls act on a finished run."
 STEPS, SEEDS = 7, 4  # points of a knob that is varied over its range; seeds of a repetition
 BEHIND = 6  # earlier curves in a picture
+PATIENCE = 0.4  # seconds that a bench waits for the points of a large store before it shows itself without them
 _TRAINING: set[Session] = set()  # sessions of this process that have a run under way
 
 
@@ -419,7 +420,7 @@ class Workbench:
 
     def __init__(self, failed: Callable[[Exception], object] = nobody) -> None:
         self.marks, (earlier, self._damaged) = Marks(runs_folder()), history()
-        self.points = Points(self.marks, earlier)
+        self.points = Points(self.marks)
         self.session = Session(self._finished, failed, earlier, self.notify)
         self.compressor = Compressor(self.points, failed=failed, news=self.notify)
         self.filter, self.axis = Filter(), "zstd_bytes"
@@ -427,6 +428,12 @@ class Workbench:
         self.base: StoredRun | None = None
         self.study: tuple[str, list[tuple[Any, Experiment, Recipe]]] = "", []
         self._listener: Callable[..., object] = nobody
+        self.compressor.worker.ask(partial(self._read, earlier))
+        self.compressor.wait(PATIENCE)
+
+    def _read(self, earlier: Sequence[StoredRun]) -> None:
+        self.points.read(earlier)
+        self.notify()
 
     def listen(self, listener: Callable[..., object]) -> None:
         """Call `listener(soon=...)` whenever there is something new to show."""
