@@ -4,6 +4,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const HTML = ["div", "button", "span", "a", "canvas"];
 const NEAR = 16; // px from which a mark is touched
+const EVERYTHING = "Everything in view";
 const DASHES = { "--": "6 4", ":": "2 3" };
 const STARS = { s: [4, 45], "^": [3, 0], D: [4, 0], v: [3, 180], P: [4, 0, 0.35], X: [4, 45, 0.35], "*": [5, 0, 0.45], p: [5, 0], h: [6, 0] };
 const LOOK = `text { font: 12px system-ui, sans-serif; fill: currentColor; pointer-events: none; user-select: none }
@@ -19,10 +20,7 @@ const LOOK = `text { font: 12px system-ui, sans-serif; fill: currentColor; point
   .line.lit { stroke: currentColor; stroke-width: 2.6 }`.replace(/^ */gm, ".fedlab-svg "); // a style element speaks to the whole page
 let charts = 0;
 
-function set(node, attributes) {
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  return node;
-}
+const set = (node, attributes) => Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value)) || node;
 
 function make(tag, attributes = {}, ...inside) {
   const node = set(HTML.includes(tag) ? document.createElement(tag) : document.createElementNS(SVG, tag), attributes);
@@ -32,8 +30,7 @@ function make(tag, attributes = {}, ...inside) {
 
 function button(words, act, ...inside) {
   const node = make("button", { type: "button", ...words }, ...inside);
-  node.onclick = () => act(node);
-  return node;
+  return Object.assign(node, { onclick: () => act(node) });
 }
 
 const label = (x, y, text, anchor = "middle", more = {}) => make("text", { x, y, "text-anchor": anchor, ...more }, text);
@@ -86,7 +83,7 @@ class Chart {
     const tools = [
       ["+", "Zoom in", () => this.zoom(0.7)],
       ["−", "Zoom out", () => this.zoom(1 / 0.7)],
-      ["Reset", "Reset zoom", () => this.reset()],
+      ["Reset", "Reset zoom", () => this.see(null, EVERYTHING)],
       ["SVG", "Save as SVG", () => this.save(new Blob([this.drawing()], { type: "image/svg+xml" }), "svg")],
       ["PNG", "Save as PNG", () => this.picture()],
       ["CSV", "Save data as CSV", () => this.save(new Blob([this.table()], { type: "text/csv" }), "csv")],
@@ -108,7 +105,7 @@ class Chart {
     el.append(this.root);
     this.listen();
     this.update();
-    for (const name of ["plot", "earlier"]) model.on(`change:${name}`, () => this.update());
+    model.on("change:plot change:earlier", () => this.update());
     model.on("change:chosen", () => this.place());
     this.sizes = new ResizeObserver(() => this.place());
     this.sizes.observe(this.root);
@@ -172,8 +169,8 @@ class Chart {
     const [left, right, top, bottom] = [52, width - (ends.length ? Math.min(170, 0.25 * width) : 14), 10, height - 42];
     const { x, y } = this.plot;
     const warp = x.log ? Math.log10 : (value) => value;
-    this.view ||= { x: x.ends.map(warp), y: [...y.ends] };
-    const [[x0, x1], [y0, y1]] = [this.view.x, this.view.y];
+    this.seen = this.view || { x: x.ends.map(warp), y: y.ends };
+    const [[x0, x1], [y0, y1]] = [this.seen.x, this.seen.y];
     this.area = { left, right, top, bottom, width, height };
     this.px = (value) => Math.round(10 * (left + ((warp(value) - x0) / (x1 - x0)) * (right - left))) / 10;
     this.py = (value) => Math.round(10 * (bottom - ((value - y0) / (y1 - y0)) * (bottom - top))) / 10;
@@ -198,8 +195,8 @@ class Chart {
 
   // One mark can be reached with Tab; from there the arrow keys go on.
   rover(node) {
-    this.marks.querySelectorAll("[tabindex='0']").forEach((old) => old.setAttribute("tabindex", -1));
-    if (node) node.setAttribute("tabindex", 0);
+    this.marks.querySelectorAll("[tabindex='0']").forEach((old) => set(old, { tabindex: -1 }));
+    if (node) set(node, { tabindex: 0 });
   }
 
   draw_axes() {
@@ -207,14 +204,14 @@ class Chart {
     const { x, y, note } = this.plot;
     const [parts, middle] = [[make("path", { class: "frame", d: `M${left},${top}V${bottom}H${right}` })], (top + bottom) / 2];
     let free = -Infinity;
-    for (const [value, words] of ticks(x, this.view.x, (right - left) / 80)) {
+    for (const [value, words] of ticks(x, this.seen.x, (right - left) / 80)) {
       const [at, text] = [this.px(value), short(words, 14)];
       parts.push(make("path", { class: "grid", d: `M${at},${top}V${bottom}` }));
       if (at - 3.1 * text.length < free) continue;
       free = at + 3.1 * text.length + 6;
       parts.push(label(at, bottom + 16, text));
     }
-    for (const [value, text] of ticks(y, this.view.y, (bottom - top) / 36)) {
+    for (const [value, text] of ticks(y, this.seen.y, (bottom - top) / 36)) {
       parts.push(make("path", { class: "grid", d: `M${left},${this.py(value)}H${right}` }), label(left - 7, this.py(value) + 4, text, "end"));
     }
     parts.push(label((left + right) / 2, height - 8, short(x.label, 70)), label((left + right) / 2, middle, note));
@@ -297,7 +294,7 @@ class Chart {
     on("pointerdown", (event) => {
       if (event.button) return;
       this.svg.setPointerCapture(event.pointerId);
-      this.drag = { x: event.clientX, y: event.clientY, view: this.view, hit: this.hit(event), moved: false };
+      this.drag = { x: event.clientX, y: event.clientY, view: this.seen, hit: this.hit(event), moved: false };
     });
     on("pointerup", () => {
       const drag = this.drag;
@@ -305,7 +302,7 @@ class Chart {
       if (drag && !drag.moved && drag.hit) this.choose(drag.hit.key);
     });
     on("pointercancel", () => (this.drag = null));
-    on("dblclick", () => this.reset());
+    on("dblclick", () => this.see(null, EVERYTHING));
     on("wheel", (event) => this.wheel(event), { passive: false });
     on("focusin", ({ target }) => target.mark && target.matches(":focus-visible") && (this.rover(target), this.point(target.mark)));
     on("focusout", () => this.point(null));
@@ -374,12 +371,12 @@ class Chart {
     const shown = this.order.filter((one) => this.shows(one.mark));
     const at = shown.indexOf(event.target);
     const steps = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: shown.length - 1 };
-    const acts = { "+": () => this.zoom(0.7), "-": () => this.zoom(1 / 0.7), 0: () => this.reset(), Escape: () => this.point(null) };
+    const acts = { "+": () => this.zoom(0.7), "-": () => this.zoom(1 / 0.7), 0: () => this.see(null, EVERYTHING), Escape: () => this.point(null) };
     const act = acts[event.key];
     if (event.ctrlKey || event.metaKey || event.altKey || at < 0) return;
     if (event.key in steps) {
       const next = shown[Math.max(0, Math.min(shown.length - 1, steps[event.key]))];
-      if (!this.inside(next.at)) this.reset();
+      if (!this.inside(next.at)) this.see(null, EVERYTHING);
       next.focus({ preventScroll: true });
     } else if (event.key === "Enter" || event.key === " ") this.choose(event.target.mark.key);
     else if (act) act();
@@ -399,24 +396,23 @@ class Chart {
     const { left, right, top, bottom } = this.area;
     const [x, y] = at || [(left + right) / 2, (top + bottom) / 2];
     const about = ([low, high], share) => [low, high].map((end) => end + (1 - factor) * (low + (high - low) * share - end));
-    this.view = { x: about(this.view.x, (x - left) / (right - left)), y: about(this.view.y, (bottom - y) / (bottom - top)) };
-    this.place();
-    this.says.textContent = factor < 1 ? "Zoomed in" : "Zoomed out";
+    const view = { x: about(this.seen.x, (x - left) / (right - left)), y: about(this.seen.y, (bottom - y) / (bottom - top)) };
+    this.see(view, factor < 1 ? "Zoomed in" : "Zoomed out");
   }
 
   pan({ clientX, clientY }) {
     const [{ x, y, view }, { left, right, top, bottom }] = [this.drag, this.area];
     this.drag.moved ||= Math.hypot(clientX - x, clientY - y) > 4;
-    if (!this.drag.moved) return;
     const moved = ([low, high], share) => [low, high].map((end) => end + (high - low) * share);
-    this.view = { x: moved(view.x, (x - clientX) / (right - left)), y: moved(view.y, (clientY - y) / (bottom - top)) };
-    this.place();
+    const shifted = { x: moved(view.x, (x - clientX) / (right - left)), y: moved(view.y, (clientY - y) / (bottom - top)) };
+    if (this.drag.moved) this.see(shifted);
   }
 
-  reset() {
-    this.view = null;
+  // Show this part of the plot; null is all of it, and grows with it.
+  see(view, words) {
+    this.view = view;
     this.place();
-    this.says.textContent = "Everything in view";
+    if (words) this.says.textContent = words;
   }
 
   // ---- saving
@@ -481,7 +477,7 @@ export function wake() {
         state[name] = value;
         place.dispatchEvent(new Event(`change:${name}`));
       },
-      on: (event, act) => place.addEventListener(event, act),
+      on: (events, act) => events.split(" ").forEach((event) => place.addEventListener(event, act)),
       save_changes: () => {},
     };
     place.classList.add("fedlab-awake");

@@ -246,6 +246,15 @@ def test_a_round_that_ends_moves_one_dot_in_and_leaves_the_others_alone(charts):
     expect(chart.locator(".mark")).to_have_count(2)
 
 
+def test_the_chart_grows_with_its_points_unless_someone_has_zoomed_in(charts):
+    chart = charts.show(accuracy_against(POINTS))
+    before = middle(mark(chart, "Point 3,"))
+    charts.update(accuracy_against([*POINTS, point(4, 1e9, 0.99)]))
+    last, frame = middle(mark(chart, "Point 4,")), chart.locator(".frame").bounding_box()
+    assert frame["x"] < last[0] < frame["x"] + frame["width"] and frame["y"] < last[1] < frame["y"] + frame["height"]
+    assert middle(mark(chart, "Point 3,"))[0] < before[0] - 100
+
+
 @pytest.mark.parametrize(("motion", "moves"), [("reduce", 0), ("no-preference", 1)])
 def test_a_dot_glides_only_for_those_who_like_motion(chromium, motion, moves):
     context = chromium.new_context(reduced_motion=motion)
