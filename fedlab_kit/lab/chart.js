@@ -8,7 +8,7 @@ const EVERYTHING = "Everything in view";
 const DASHES = { "--": "6 4", ":": "2 3" };
 const STARS = { s: [4, 45], "^": [3, 0], D: [4, 0], v: [3, 180], P: [4, 0, 0.35], X: [4, 45, 0.35], "*": [5, 0, 0.45], p: [5, 0], h: [6, 0] };
 const LOOK = `text { font: 12px system-ui, sans-serif; fill: currentColor; pointer-events: none; user-select: none }
-  .halo text { paint-order: stroke; stroke: var(--fedlab-paper); stroke-width: 3px }
+  .names text { paint-order: stroke; stroke: var(--fedlab-paper); stroke-width: 3px }
   text.bold { font-weight: 700 }
   .grid { stroke: currentColor; opacity: 0.15 }
   .frame { fill: none; stroke: currentColor; opacity: 0.5 }
@@ -93,10 +93,9 @@ class Chart {
     this.svg.append(make("clipPath", { id: this.id }, this.clip));
     for (const name of ["axes", "lines", "bars", "rings", "marks", "names"]) {
       const clipped = name === "axes" || name === "names" ? {} : { "clip-path": `url(#${this.id})` };
-      this[name] = make("g", name === "marks" ? clipped : { ...clipped, "aria-hidden": "true" });
+      this[name] = make("g", { class: name, ...clipped, ...(name === "marks" ? {} : { "aria-hidden": "true" }) });
       this.svg.append(this[name]);
     }
-    this.names.classList.add("halo");
     this.legend = make("div", { class: "fedlab-legend", role: "group", "aria-label": "Shown" });
     this.tip = make("div", { class: "fedlab-tip", "aria-hidden": "true" });
     this.says = make("div", { class: "fedlab-says", role: "status" });
@@ -125,19 +124,17 @@ class Chart {
     const [left, fresh, places] = [new Set(this.nodes.keys()), [], new Map([...this.nodes].map(([key, node]) => [key, node.at]))];
     for (const mark of this.dots) {
       left.delete(mark.key);
-      const node = this.nodes.get(mark.key) || make("path", { class: "mark", role: "button", "aria-pressed": "false", tabindex: -1 });
+      const node = this.nodes.get(mark.key) || make("path", { class: "mark", role: "button", tabindex: -1 });
       if (!this.nodes.has(mark.key)) fresh.push(node);
       else if (node.mark === mark) continue;
       const { color, marker } = this.kinds.get(mark.kind);
-      const look = mark.hollow ? { fill: "none", stroke: color, opacity: 0.8 } : { fill: color, stroke: "currentColor", opacity: 1 };
+      const look = mark.hollow ? { fill: "none", stroke: color, "stroke-opacity": 0.8 } : { fill: color, stroke: "currentColor", "stroke-opacity": 1 };
       const words = [mark.name || mark.kind, ...mark.tip.map((pair) => pair.join(" "))].join(", ");
       set(node, { ...look, d: shape(marker, this.dots.length > 300 ? 3.5 : 5), "aria-label": words }).mark = mark;
       this.nodes.set(mark.key, node);
     }
-    for (const key of left) {
-      this.nodes.get(key).remove();
-      this.nodes.delete(key);
-    }
+    left.forEach((key) => this.nodes.get(key).remove());
+    left.forEach((key) => this.nodes.delete(key));
     this.marks.append(...fresh);
     this.order = [...this.nodes.values()].sort((one, other) => one.mark.x - other.mark.x || one.mark.y - other.mark.y);
     this.svg.setAttribute("aria-label", plot.alt);
@@ -145,8 +142,9 @@ class Chart {
     this.place();
     if (!before || fresh.length > 50 || matchMedia("(prefers-reduced-motion: reduce)").matches) return;
     this.order.forEach((node, i) => {
-      const from = places.get(node.mark.key) || (i && places.get(this.order[i - 1].mark.key));
-      if (!from || !node.at || String(from) === String(node.at)) return;
+      const [own, beside] = [places.get(node.mark.key), i && places.get(this.order[i - 1].mark.key)];
+      const from = own || beside;
+      if (!from || !node.at || String(from) === String(node.at) || (own && this.order.length > 300)) return;
       const frames = [from, node.at].map(([x, y]) => ({ transform: `translate(${x}px, ${y}px)` }));
       node.animate(frames, { duration: 250, easing: "ease-out" });
     });
@@ -156,16 +154,13 @@ class Chart {
     return !this.off.has(kind) && !(hollow && this.plot.kinds.some((one) => one.hollow && this.off.has(one.name)));
   }
 
-  lines_shown() {
-    return this.plot.lines.filter((line) => this.shows(line));
-  }
-
   // Put everything where it belongs for the present size, zoom, legend and choice.
   place() {
     const width = this.root.clientWidth;
     if (!this.plot || !width) return;
     const height = Math.max(230, Math.min(380, 0.6 * width));
-    const ends = width > 520 ? this.lines_shown().filter((line) => line.end) : [];
+    this.shown = this.plot.lines.filter((line) => this.shows(line));
+    const ends = width > 520 ? this.shown.filter((line) => line.end) : [];
     const [left, right, top, bottom] = [52, width - (ends.length ? Math.min(170, 0.25 * width) : 14), 10, height - 42];
     const { x, y } = this.plot;
     const warp = x.log ? Math.log10 : (value) => value;
@@ -180,12 +175,12 @@ class Chart {
     this.draw_lines();
     const [chosen, rings] = [this.model.get("chosen"), []];
     for (const [key, node] of this.nodes) {
-      const shown = this.shows(node.mark);
-      node.at = [this.px(node.mark.x), this.py(node.mark.y)];
-      node.setAttribute("transform", `translate(${node.at})`);
-      if (shown === (node.style.display === "none")) node.style.display = shown ? "" : "none";
-      if ((node.getAttribute("aria-pressed") === "true") !== (key === chosen)) node.setAttribute("aria-pressed", key === chosen);
-      if (key === chosen && shown) rings.push(make("circle", { class: "ring", cx: node.at[0], cy: node.at[1], r: 11 }));
+      const [at, shown, pressed] = [[this.px(node.mark.x), this.py(node.mark.y)], this.shows(node.mark), key === chosen];
+      if (String(at) !== String(node.at)) node.setAttribute("transform", `translate(${at})`);
+      if (shown !== node.shown) node.style.display = shown ? "" : "none";
+      if (pressed !== node.pressed) node.setAttribute("aria-pressed", pressed);
+      if (pressed && shown) rings.push(make("circle", { class: "ring", cx: at[0], cy: at[1], r: 11 }));
+      Object.assign(node, { at, shown, pressed });
     }
     this.rings.replaceChildren(...rings);
     this.rover(this.nodes.get(chosen) || this.marks.querySelector("[tabindex='0']") || this.order[0]);
@@ -201,8 +196,8 @@ class Chart {
 
   draw_axes() {
     const { left, right, top, bottom, height } = this.area;
-    const { x, y, note } = this.plot;
-    const [parts, middle] = [[make("path", { class: "frame", d: `M${left},${top}V${bottom}H${right}` })], (top + bottom) / 2];
+    const [{ x, y, note }, middle] = [this.plot, (top + bottom) / 2];
+    const parts = [make("path", { class: "frame", d: `M${left},${top}V${bottom}H${right}` })];
     let free = -Infinity;
     for (const [value, words] of ticks(x, this.seen.x, (right - left) / 80)) {
       const [at, text] = [this.px(value), short(words, 14)];
@@ -222,7 +217,7 @@ class Chart {
   // Lines with their bands, and the intervals of each kind as one path.
   draw_lines() {
     const [parts, bars, chosen] = [[], new Map(), this.model.get("chosen")];
-    for (const line of this.lines_shown()) {
+    for (const line of this.shown) {
       const { color, dash } = this.kinds.get(line.kind);
       const points = line.points.map(([x, y]) => [this.px(x), this.py(y)]);
       if (line.steps) points.push([Math.max(this.area.right + 8, last(points)[0]), last(points)[1]]);
@@ -234,21 +229,19 @@ class Chart {
       const name = `line${line.bold ? " bold" : ""}${line.key === chosen ? " lit" : ""}`;
       parts.push(make("path", { d, stroke: color, "stroke-dasharray": DASHES[dash] || "none", class: name, "data-key": line.key }));
     }
-    for (const mark of this.dots) {
-      if (mark.low === null || !this.shows(mark)) continue;
-      bars.set(mark.kind, `${bars.get(mark.kind) || ""}M${this.px(mark.x)},${this.py(mark.low)}V${this.py(mark.high)}`);
-    }
+    for (const { kind, x, low, high } of this.dots.filter((mark) => mark.low !== null && this.shows(mark)))
+      bars.set(kind, `${bars.get(kind) || ""}M${this.px(x)},${this.py(low)}V${this.py(high)}`);
     this.lines.replaceChildren(...parts);
     this.bars.replaceChildren(...[...bars].map(([kind, d]) => make("path", { d, stroke: this.kinds.get(kind).color, opacity: 0.9 })));
   }
 
   // Names beside their marks, where no other name stands; what lines are, right of where they end.
   draw_names(ends) {
-    const { left, right, top, bottom, width } = this.area;
+    const { right, top, bottom, width } = this.area;
     const [parts, taken] = [[], []];
     for (const { mark, at: [x, y] } of this.order) {
       const name = short(mark.name.trim(), 24);
-      if (!name || !this.shows(mark) || x < left || x > right || y < top || y > bottom) continue;
+      if (!name || !this.shows(mark) || !this.inside([x, y])) continue;
       const wide = 7 * [...name].length;
       const from = x + wide + 8 > right ? x - wide - 8 : x + 8;
       if (taken.some(([a, b, c]) => from < b && a < from + wide && Math.abs(c - y) < 15)) continue;
@@ -258,11 +251,9 @@ class Chart {
     const placed = ends.map((line) => ({ line, y: this.py(last(line.points)[1]) })).sort((one, other) => one.y - other.y);
     placed.forEach((one, i) => (one.y = Math.max(one.y, i ? placed[i - 1].y + 15 : top)));
     placed.reverse().forEach((one, i) => (one.y = Math.min(one.y, i ? placed[i - 1].y - 15 : bottom)));
-    for (const { line, y } of placed) {
-      const look = line.bold ? { class: "bold" } : {};
-      parts.push(label(right + 8, y + 4, short(line.end, Math.floor((width - right - 10) / 6.6)), "start", look));
-    }
-    this.names.replaceChildren(...parts);
+    const most = Math.floor((width - right - 10) / 6.6);
+    const labels = placed.map(({ line, y }) => label(right + 8, y + 4, short(line.end, most), "start", { class: line.bold ? "bold" : "" }));
+    this.names.replaceChildren(...parts, ...labels);
   }
 
   entries() {
@@ -314,9 +305,9 @@ class Chart {
     return [event.clientX - left, event.clientY - top];
   }
 
-  inside([x, y], margin = 6) {
+  inside([x, y]) {
     const { left, right, top, bottom } = this.area;
-    return x >= left - margin && x <= right + margin && y >= top - margin && y <= bottom + margin;
+    return x >= left - 6 && x <= right + 6 && y >= top - 6 && y <= bottom + 6;
   }
 
   // The mark, else the line, that is under the pointer or near it.
@@ -324,11 +315,11 @@ class Chart {
     const [x, y] = this.where(event);
     if (!this.inside([x, y])) return null;
     let [found, least] = [null, NEAR];
-    for (const { mark, at, style } of this.nodes.values()) {
+    for (const { mark, at, shown } of this.nodes.values()) {
       const far = Math.hypot(at[0] - x, at[1] - y);
-      if (far <= least && style.display !== "none") [found, least] = [mark, far];
+      if (far <= least && shown) [found, least] = [mark, far];
     }
-    for (const line of found ? [] : this.lines_shown().filter((line) => line.end)) {
+    for (const line of found ? [] : this.shown.filter((line) => line.end)) {
       const after = line.points.findIndex(([value]) => this.px(value) >= x);
       if (after < 1) continue;
       const [[x0, y0], [x1, y1]] = line.points.slice(after - 1, after + 1).map(([a, b]) => [this.px(a), this.py(b)]);
@@ -439,8 +430,7 @@ class Chart {
   }
 
   async picture() {
-    const image = new Image();
-    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(this.drawing())}`;
+    const image = Object.assign(new Image(), { src: `data:image/svg+xml;charset=utf-8,${encodeURIComponent(this.drawing())}` });
     await image.decode();
     const canvas = set(make("canvas"), { width: 2 * image.width, height: 2 * image.height });
     canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
@@ -450,10 +440,8 @@ class Chart {
   table() {
     const { x, y, lines } = this.plot;
     const heads = [...new Set(this.dots.flatMap((mark) => mark.tip.map(([head]) => head)))];
-    const rows = this.dots.map((mark) => {
-      const tip = Object.fromEntries(mark.tip);
-      return [mark.kind, mark.name, mark.x, mark.y, mark.low, mark.high, ...heads.map((head) => tip[head])];
-    });
+    const told = (mark, tip = new Map(mark.tip)) => heads.map((head) => tip.get(head));
+    const rows = this.dots.map((mark) => [mark.kind, mark.name, mark.x, mark.y, mark.low, mark.high, ...told(mark)]);
     const bare = lines.filter((line) => !line.steps && !this.dots.some((mark) => mark.kind === line.kind));
     for (const line of bare) rows.push(...line.points.map(([a, b], i) => [line.kind, "", a, b, ...(line.band[i] || [])]));
     return [["kind", "name", x.label, y.label, "low", "high", ...heads], ...rows].map((row) => row.map(cell).join(",")).join("\r\n");
@@ -473,10 +461,7 @@ export function wake() {
     const state = { ...place.dataset, chosen: JSON.parse(place.dataset.plot).current };
     place.model = {
       get: (name) => state[name],
-      set: (name, value) => {
-        state[name] = value;
-        place.dispatchEvent(new Event(`change:${name}`));
-      },
+      set: (name, value) => Object.assign(state, { [name]: value }) && place.dispatchEvent(new Event(`change:${name}`)),
       on: (events, act) => events.split(" ").forEach((event) => place.addEventListener(event, act)),
       save_changes: () => {},
     };

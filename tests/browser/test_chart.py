@@ -255,17 +255,28 @@ def test_the_chart_grows_with_its_points_unless_someone_has_zoomed_in(charts):
     assert middle(mark(chart, "Point 3,"))[0] < before[0] - 100
 
 
+COUNT_MOVES = """window.moves = 0; const own = Element.prototype.animate;
+Element.prototype.animate = function (...how) { window.moves++; return own.apply(this, how) }; 0"""
+
+
 @pytest.mark.parametrize(("motion", "moves"), [("reduce", 0), ("no-preference", 1)])
 def test_a_dot_glides_only_for_those_who_like_motion(chromium, motion, moves):
     context = chromium.new_context(reduced_motion=motion)
     charts = ChartPage(context.new_page())
     charts.show(curve(3))
-    charts.page.evaluate(
-        "window.moves = 0; const own = Element.prototype.animate;"
-        "Element.prototype.animate = function (...a) { window.moves++; return own.apply(this, a) }; 0"
-    )
+    charts.page.evaluate(COUNT_MOVES)
     charts.update(curve(4))
     assert charts.page.evaluate("window.moves") == moves and charts.errors == []
+    context.close()
+
+
+def test_among_many_points_only_the_new_one_glides(chromium):
+    context = chromium.new_context(reduced_motion="no-preference")
+    charts, many = ChartPage(context.new_page()), [point(i, 1e4 + i, 0.5, dtype="int8") for i in range(400)]
+    charts.show(accuracy_against(many))
+    charts.page.evaluate(COUNT_MOVES)
+    charts.update(accuracy_against([*many, point(400, 1e7, 0.9, dtype="int8")]))
+    assert charts.page.evaluate("window.moves") == 1 and charts.errors == []
     context.close()
 
 
@@ -281,7 +292,7 @@ def test_no_name_breaks_the_chart_or_becomes_markup(charts):
         expect(tip(chart)).to_be_visible()
     assert chart.get_by_role("group", name="Shown").get_by_role("button").count() == len(NAMES) + 1
     assert charts.page.evaluate("document.documentElement.scrollWidth") <= 800
-    labels = [text for text in chart.locator(".halo text").all_inner_texts() if text]
+    labels = [text for text in chart.locator(".names text").all_inner_texts() if text]
     assert all(len(text) <= 30 for text in labels)
 
 
