@@ -426,7 +426,7 @@ class Chart {
       const y = height + 20 * i;
       copy.append(this.swatch(kind, { x: 52, y }), label(80, y + 12, short(kind.name, 80), "start"));
     });
-    return new XMLSerializer().serializeToString(copy);
+    return new XMLSerializer().serializeToString(copy).toWellFormed().replace(/[\0-\x08\v\f\x0e-\x1f\ufffe\uffff]/g, ""); // as XML asks
   }
 
   async picture() {
