@@ -199,7 +199,7 @@ def test_importing_the_plots_imports_no_matplotlib_and_no_torch():
 
 
 def test_the_style_of_a_name_is_the_same_in_every_company():
-    names = ["fp32", "int8", "channel", "cnn", "mine", "0.5", "$$"]
+    names = ["fp32", "int8", "int2", "mine", "0.5", "$$"]
     alone = {name: style.styles([name])[name] for name in names}
     for company in (names, names[::-1], names[2:5]):
         together = style.styles(company)
@@ -255,6 +255,14 @@ def test_no_name_breaks_a_picture(name):
         figures.power([0, 1], {name: [0, 1]}, name),
     ):
         assert figures.to_png(drawn)[:4] == b"\x89PNG"
+
+
+def test_a_kind_may_be_called_like_what_the_figure_adds():
+    names = ["Pareto front", "measured earlier", "measured earlier "]
+    shown = figures.accuracy_against([point(1e4, 0.8, kind=name, earlier=True) for name in names], kind="kind")
+    assert len({kind.name for kind in shown.kinds}) == len(shown.kinds) == 5
+    assert [kind.hollow for kind in shown.kinds] == [False] * 4 + [True]
+    assert shown.lines[0].kind == shown.kinds[3].name and len(to_figure(shown).axes[0].lines) == 4
 
 
 def test_names_at_one_place_are_written_apart():

@@ -4,10 +4,11 @@
 const SVG = "http://www.w3.org/2000/svg";
 const HTML = ["div", "button", "span", "a", "canvas"];
 const NEAR = 16; // px from which a mark is touched
+const EVERYTHING = "Everything in view";
 const DASHES = { "--": "6 4", ":": "2 3" };
 const STARS = { s: [4, 45], "^": [3, 0], D: [4, 0], v: [3, 180], P: [4, 0, 0.35], X: [4, 45, 0.35], "*": [5, 0, 0.45], p: [5, 0], h: [6, 0] };
 const LOOK = `text { font: 12px system-ui, sans-serif; fill: currentColor; pointer-events: none; user-select: none }
-  .halo text { paint-order: stroke; stroke: var(--fedlab-paper); stroke-width: 3px }
+  .names text { paint-order: stroke; stroke: var(--fedlab-paper); stroke-width: 3px }
   text.bold { font-weight: 700 }
   .grid { stroke: currentColor; opacity: 0.15 }
   .frame { fill: none; stroke: currentColor; opacity: 0.5 }
@@ -19,10 +20,7 @@ const LOOK = `text { font: 12px system-ui, sans-serif; fill: currentColor; point
   .line.lit { stroke: currentColor; stroke-width: 2.6 }`.replace(/^ */gm, ".fedlab-svg "); // a style element speaks to the whole page
 let charts = 0;
 
-function set(node, attributes) {
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  return node;
-}
+const set = (node, attributes) => Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value)) || node;
 
 function make(tag, attributes = {}, ...inside) {
   const node = set(HTML.includes(tag) ? document.createElement(tag) : document.createElementNS(SVG, tag), attributes);
@@ -32,8 +30,7 @@ function make(tag, attributes = {}, ...inside) {
 
 function button(words, act, ...inside) {
   const node = make("button", { type: "button", ...words }, ...inside);
-  node.onclick = () => act(node);
-  return node;
+  return Object.assign(node, { onclick: () => act(node) });
 }
 
 const label = (x, y, text, anchor = "middle", more = {}) => make("text", { x, y, "text-anchor": anchor, ...more }, text);
@@ -86,7 +83,7 @@ class Chart {
     const tools = [
       ["+", "Zoom in", () => this.zoom(0.7)],
       ["−", "Zoom out", () => this.zoom(1 / 0.7)],
-      ["Reset", "Reset zoom", () => this.reset()],
+      ["Reset", "Reset zoom", () => this.see(null, EVERYTHING)],
       ["SVG", "Save as SVG", () => this.save(new Blob([this.drawing()], { type: "image/svg+xml" }), "svg")],
       ["PNG", "Save as PNG", () => this.picture()],
       ["CSV", "Save data as CSV", () => this.save(new Blob([this.table()], { type: "text/csv" }), "csv")],
@@ -96,10 +93,9 @@ class Chart {
     this.svg.append(make("clipPath", { id: this.id }, this.clip));
     for (const name of ["axes", "lines", "bars", "rings", "marks", "names"]) {
       const clipped = name === "axes" || name === "names" ? {} : { "clip-path": `url(#${this.id})` };
-      this[name] = make("g", name === "marks" ? clipped : { ...clipped, "aria-hidden": "true" });
+      this[name] = make("g", { class: name, ...clipped, ...(name === "marks" ? {} : { "aria-hidden": "true" }) });
       this.svg.append(this[name]);
     }
-    this.names.classList.add("halo");
     this.legend = make("div", { class: "fedlab-legend", role: "group", "aria-label": "Shown" });
     this.tip = make("div", { class: "fedlab-tip", "aria-hidden": "true" });
     this.says = make("div", { class: "fedlab-says", role: "status" });
@@ -108,7 +104,7 @@ class Chart {
     el.append(this.root);
     this.listen();
     this.update();
-    for (const name of ["plot", "earlier"]) model.on(`change:${name}`, () => this.update());
+    model.on("change:plot change:earlier", () => this.update());
     model.on("change:chosen", () => this.place());
     this.sizes = new ResizeObserver(() => this.place());
     this.sizes.observe(this.root);
@@ -128,19 +124,17 @@ class Chart {
     const [left, fresh, places] = [new Set(this.nodes.keys()), [], new Map([...this.nodes].map(([key, node]) => [key, node.at]))];
     for (const mark of this.dots) {
       left.delete(mark.key);
-      const node = this.nodes.get(mark.key) || make("path", { class: "mark", role: "button", "aria-pressed": "false", tabindex: -1 });
+      const node = this.nodes.get(mark.key) || make("path", { class: "mark", role: "button", tabindex: -1 });
       if (!this.nodes.has(mark.key)) fresh.push(node);
       else if (node.mark === mark) continue;
       const { color, marker } = this.kinds.get(mark.kind);
-      const look = mark.hollow ? { fill: "none", stroke: color, opacity: 0.8 } : { fill: color, stroke: "currentColor", opacity: 1 };
+      const look = mark.hollow ? { fill: "none", stroke: color, "stroke-opacity": 0.8 } : { fill: color, stroke: "currentColor", "stroke-opacity": 1 };
       const words = [mark.name || mark.kind, ...mark.tip.map((pair) => pair.join(" "))].join(", ");
       set(node, { ...look, d: shape(marker, this.dots.length > 300 ? 3.5 : 5), "aria-label": words }).mark = mark;
       this.nodes.set(mark.key, node);
     }
-    for (const key of left) {
-      this.nodes.get(key).remove();
-      this.nodes.delete(key);
-    }
+    left.forEach((key) => this.nodes.get(key).remove());
+    left.forEach((key) => this.nodes.delete(key));
     this.marks.append(...fresh);
     this.order = [...this.nodes.values()].sort((one, other) => one.mark.x - other.mark.x || one.mark.y - other.mark.y);
     this.svg.setAttribute("aria-label", plot.alt);
@@ -148,8 +142,9 @@ class Chart {
     this.place();
     if (!before || fresh.length > 50 || matchMedia("(prefers-reduced-motion: reduce)").matches) return;
     this.order.forEach((node, i) => {
-      const from = places.get(node.mark.key) || (i && places.get(this.order[i - 1].mark.key));
-      if (!from || !node.at || String(from) === String(node.at)) return;
+      const [own, beside] = [places.get(node.mark.key), i && places.get(this.order[i - 1].mark.key)];
+      const from = own || beside;
+      if (!from || !node.at || String(from) === String(node.at) || (own && this.order.length > 300)) return;
       const frames = [from, node.at].map(([x, y]) => ({ transform: `translate(${x}px, ${y}px)` }));
       node.animate(frames, { duration: 250, easing: "ease-out" });
     });
@@ -159,21 +154,18 @@ class Chart {
     return !this.off.has(kind) && !(hollow && this.plot.kinds.some((one) => one.hollow && this.off.has(one.name)));
   }
 
-  lines_shown() {
-    return this.plot.lines.filter((line) => this.shows(line));
-  }
-
   // Put everything where it belongs for the present size, zoom, legend and choice.
   place() {
     const width = this.root.clientWidth;
     if (!this.plot || !width) return;
     const height = Math.max(230, Math.min(380, 0.6 * width));
-    const ends = width > 520 ? this.lines_shown().filter((line) => line.end) : [];
+    this.shown = this.plot.lines.filter((line) => this.shows(line));
+    const ends = width > 520 ? this.shown.filter((line) => line.end) : [];
     const [left, right, top, bottom] = [52, width - (ends.length ? Math.min(170, 0.25 * width) : 14), 10, height - 42];
     const { x, y } = this.plot;
     const warp = x.log ? Math.log10 : (value) => value;
-    this.view ||= { x: x.ends.map(warp), y: [...y.ends] };
-    const [[x0, x1], [y0, y1]] = [this.view.x, this.view.y];
+    this.seen = this.view || { x: x.ends.map(warp), y: y.ends };
+    const [[x0, x1], [y0, y1]] = [this.seen.x, this.seen.y];
     this.area = { left, right, top, bottom, width, height };
     this.px = (value) => Math.round(10 * (left + ((warp(value) - x0) / (x1 - x0)) * (right - left))) / 10;
     this.py = (value) => Math.round(10 * (bottom - ((value - y0) / (y1 - y0)) * (bottom - top))) / 10;
@@ -183,12 +175,12 @@ class Chart {
     this.draw_lines();
     const [chosen, rings] = [this.model.get("chosen"), []];
     for (const [key, node] of this.nodes) {
-      const shown = this.shows(node.mark);
-      node.at = [this.px(node.mark.x), this.py(node.mark.y)];
-      node.setAttribute("transform", `translate(${node.at})`);
-      if (shown === (node.style.display === "none")) node.style.display = shown ? "" : "none";
-      if ((node.getAttribute("aria-pressed") === "true") !== (key === chosen)) node.setAttribute("aria-pressed", key === chosen);
-      if (key === chosen && shown) rings.push(make("circle", { class: "ring", cx: node.at[0], cy: node.at[1], r: 11 }));
+      const [at, shown, pressed] = [[this.px(node.mark.x), this.py(node.mark.y)], this.shows(node.mark), key === chosen];
+      if (String(at) !== String(node.at)) node.setAttribute("transform", `translate(${at})`);
+      if (shown !== node.shown) node.style.display = shown ? "" : "none";
+      if (pressed !== node.pressed) node.setAttribute("aria-pressed", pressed);
+      if (pressed && shown) rings.push(make("circle", { class: "ring", cx: at[0], cy: at[1], r: 11 }));
+      Object.assign(node, { at, shown, pressed });
     }
     this.rings.replaceChildren(...rings);
     this.rover(this.nodes.get(chosen) || this.marks.querySelector("[tabindex='0']") || this.order[0]);
@@ -198,23 +190,23 @@ class Chart {
 
   // One mark can be reached with Tab; from there the arrow keys go on.
   rover(node) {
-    this.marks.querySelectorAll("[tabindex='0']").forEach((old) => old.setAttribute("tabindex", -1));
-    if (node) node.setAttribute("tabindex", 0);
+    this.marks.querySelectorAll("[tabindex='0']").forEach((old) => set(old, { tabindex: -1 }));
+    if (node) set(node, { tabindex: 0 });
   }
 
   draw_axes() {
     const { left, right, top, bottom, height } = this.area;
-    const { x, y, note } = this.plot;
-    const [parts, middle] = [[make("path", { class: "frame", d: `M${left},${top}V${bottom}H${right}` })], (top + bottom) / 2];
+    const [{ x, y, note }, middle] = [this.plot, (top + bottom) / 2];
+    const parts = [make("path", { class: "frame", d: `M${left},${top}V${bottom}H${right}` })];
     let free = -Infinity;
-    for (const [value, words] of ticks(x, this.view.x, (right - left) / 80)) {
+    for (const [value, words] of ticks(x, this.seen.x, (right - left) / 80)) {
       const [at, text] = [this.px(value), short(words, 14)];
       parts.push(make("path", { class: "grid", d: `M${at},${top}V${bottom}` }));
       if (at - 3.1 * text.length < free) continue;
       free = at + 3.1 * text.length + 6;
       parts.push(label(at, bottom + 16, text));
     }
-    for (const [value, text] of ticks(y, this.view.y, (bottom - top) / 36)) {
+    for (const [value, text] of ticks(y, this.seen.y, (bottom - top) / 36)) {
       parts.push(make("path", { class: "grid", d: `M${left},${this.py(value)}H${right}` }), label(left - 7, this.py(value) + 4, text, "end"));
     }
     parts.push(label((left + right) / 2, height - 8, short(x.label, 70)), label((left + right) / 2, middle, note));
@@ -225,7 +217,7 @@ class Chart {
   // Lines with their bands, and the intervals of each kind as one path.
   draw_lines() {
     const [parts, bars, chosen] = [[], new Map(), this.model.get("chosen")];
-    for (const line of this.lines_shown()) {
+    for (const line of this.shown) {
       const { color, dash } = this.kinds.get(line.kind);
       const points = line.points.map(([x, y]) => [this.px(x), this.py(y)]);
       if (line.steps) points.push([Math.max(this.area.right + 8, last(points)[0]), last(points)[1]]);
@@ -237,21 +229,19 @@ class Chart {
       const name = `line${line.bold ? " bold" : ""}${line.key === chosen ? " lit" : ""}`;
       parts.push(make("path", { d, stroke: color, "stroke-dasharray": DASHES[dash] || "none", class: name, "data-key": line.key }));
     }
-    for (const mark of this.dots) {
-      if (mark.low === null || !this.shows(mark)) continue;
-      bars.set(mark.kind, `${bars.get(mark.kind) || ""}M${this.px(mark.x)},${this.py(mark.low)}V${this.py(mark.high)}`);
-    }
+    for (const { kind, x, low, high } of this.dots.filter((mark) => mark.low !== null && this.shows(mark)))
+      bars.set(kind, `${bars.get(kind) || ""}M${this.px(x)},${this.py(low)}V${this.py(high)}`);
     this.lines.replaceChildren(...parts);
     this.bars.replaceChildren(...[...bars].map(([kind, d]) => make("path", { d, stroke: this.kinds.get(kind).color, opacity: 0.9 })));
   }
 
   // Names beside their marks, where no other name stands; what lines are, right of where they end.
   draw_names(ends) {
-    const { left, right, top, bottom, width } = this.area;
+    const { right, top, bottom, width } = this.area;
     const [parts, taken] = [[], []];
     for (const { mark, at: [x, y] } of this.order) {
       const name = short(mark.name.trim(), 24);
-      if (!name || !this.shows(mark) || x < left || x > right || y < top || y > bottom) continue;
+      if (!name || !this.shows(mark) || !this.inside([x, y])) continue;
       const wide = 7 * [...name].length;
       const from = x + wide + 8 > right ? x - wide - 8 : x + 8;
       if (taken.some(([a, b, c]) => from < b && a < from + wide && Math.abs(c - y) < 15)) continue;
@@ -261,11 +251,9 @@ class Chart {
     const placed = ends.map((line) => ({ line, y: this.py(last(line.points)[1]) })).sort((one, other) => one.y - other.y);
     placed.forEach((one, i) => (one.y = Math.max(one.y, i ? placed[i - 1].y + 15 : top)));
     placed.reverse().forEach((one, i) => (one.y = Math.min(one.y, i ? placed[i - 1].y - 15 : bottom)));
-    for (const { line, y } of placed) {
-      const look = line.bold ? { class: "bold" } : {};
-      parts.push(label(right + 8, y + 4, short(line.end, Math.floor((width - right - 10) / 6.6)), "start", look));
-    }
-    this.names.replaceChildren(...parts);
+    const most = Math.floor((width - right - 10) / 6.6);
+    const labels = placed.map(({ line, y }) => label(right + 8, y + 4, short(line.end, most), "start", { class: line.bold ? "bold" : "" }));
+    this.names.replaceChildren(...parts, ...labels);
   }
 
   entries() {
@@ -297,7 +285,7 @@ class Chart {
     on("pointerdown", (event) => {
       if (event.button) return;
       this.svg.setPointerCapture(event.pointerId);
-      this.drag = { x: event.clientX, y: event.clientY, view: this.view, hit: this.hit(event), moved: false };
+      this.drag = { x: event.clientX, y: event.clientY, view: this.seen, hit: this.hit(event), moved: false };
     });
     on("pointerup", () => {
       const drag = this.drag;
@@ -305,7 +293,7 @@ class Chart {
       if (drag && !drag.moved && drag.hit) this.choose(drag.hit.key);
     });
     on("pointercancel", () => (this.drag = null));
-    on("dblclick", () => this.reset());
+    on("dblclick", () => this.see(null, EVERYTHING));
     on("wheel", (event) => this.wheel(event), { passive: false });
     on("focusin", ({ target }) => target.mark && target.matches(":focus-visible") && (this.rover(target), this.point(target.mark)));
     on("focusout", () => this.point(null));
@@ -317,9 +305,9 @@ class Chart {
     return [event.clientX - left, event.clientY - top];
   }
 
-  inside([x, y], margin = 6) {
+  inside([x, y]) {
     const { left, right, top, bottom } = this.area;
-    return x >= left - margin && x <= right + margin && y >= top - margin && y <= bottom + margin;
+    return x >= left - 6 && x <= right + 6 && y >= top - 6 && y <= bottom + 6;
   }
 
   // The mark, else the line, that is under the pointer or near it.
@@ -327,11 +315,11 @@ class Chart {
     const [x, y] = this.where(event);
     if (!this.inside([x, y])) return null;
     let [found, least] = [null, NEAR];
-    for (const { mark, at, style } of this.nodes.values()) {
+    for (const { mark, at, shown } of this.nodes.values()) {
       const far = Math.hypot(at[0] - x, at[1] - y);
-      if (far <= least && style.display !== "none") [found, least] = [mark, far];
+      if (far <= least && shown) [found, least] = [mark, far];
     }
-    for (const line of found ? [] : this.lines_shown().filter((line) => line.end)) {
+    for (const line of found ? [] : this.shown.filter((line) => line.end)) {
       const after = line.points.findIndex(([value]) => this.px(value) >= x);
       if (after < 1) continue;
       const [[x0, y0], [x1, y1]] = line.points.slice(after - 1, after + 1).map(([a, b]) => [this.px(a), this.py(b)]);
@@ -374,12 +362,12 @@ class Chart {
     const shown = this.order.filter((one) => this.shows(one.mark));
     const at = shown.indexOf(event.target);
     const steps = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: shown.length - 1 };
-    const acts = { "+": () => this.zoom(0.7), "-": () => this.zoom(1 / 0.7), 0: () => this.reset(), Escape: () => this.point(null) };
+    const acts = { "+": () => this.zoom(0.7), "-": () => this.zoom(1 / 0.7), 0: () => this.see(null, EVERYTHING), Escape: () => this.point(null) };
     const act = acts[event.key];
     if (event.ctrlKey || event.metaKey || event.altKey || at < 0) return;
     if (event.key in steps) {
       const next = shown[Math.max(0, Math.min(shown.length - 1, steps[event.key]))];
-      if (!this.inside(next.at)) this.reset();
+      if (!this.inside(next.at)) this.see(null, EVERYTHING);
       next.focus({ preventScroll: true });
     } else if (event.key === "Enter" || event.key === " ") this.choose(event.target.mark.key);
     else if (act) act();
@@ -399,24 +387,23 @@ class Chart {
     const { left, right, top, bottom } = this.area;
     const [x, y] = at || [(left + right) / 2, (top + bottom) / 2];
     const about = ([low, high], share) => [low, high].map((end) => end + (1 - factor) * (low + (high - low) * share - end));
-    this.view = { x: about(this.view.x, (x - left) / (right - left)), y: about(this.view.y, (bottom - y) / (bottom - top)) };
-    this.place();
-    this.says.textContent = factor < 1 ? "Zoomed in" : "Zoomed out";
+    const view = { x: about(this.seen.x, (x - left) / (right - left)), y: about(this.seen.y, (bottom - y) / (bottom - top)) };
+    this.see(view, factor < 1 ? "Zoomed in" : "Zoomed out");
   }
 
   pan({ clientX, clientY }) {
     const [{ x, y, view }, { left, right, top, bottom }] = [this.drag, this.area];
     this.drag.moved ||= Math.hypot(clientX - x, clientY - y) > 4;
-    if (!this.drag.moved) return;
     const moved = ([low, high], share) => [low, high].map((end) => end + (high - low) * share);
-    this.view = { x: moved(view.x, (x - clientX) / (right - left)), y: moved(view.y, (clientY - y) / (bottom - top)) };
-    this.place();
+    const shifted = { x: moved(view.x, (x - clientX) / (right - left)), y: moved(view.y, (clientY - y) / (bottom - top)) };
+    if (this.drag.moved) this.see(shifted);
   }
 
-  reset() {
-    this.view = null;
+  // Show this part of the plot; null is all of it, and grows with it.
+  see(view, words) {
+    this.view = view;
     this.place();
-    this.says.textContent = "Everything in view";
+    if (words) this.says.textContent = words;
   }
 
   // ---- saving
@@ -439,12 +426,11 @@ class Chart {
       const y = height + 20 * i;
       copy.append(this.swatch(kind, { x: 52, y }), label(80, y + 12, short(kind.name, 80), "start"));
     });
-    return new XMLSerializer().serializeToString(copy);
+    return new XMLSerializer().serializeToString(copy).toWellFormed().replace(/[\0-\x08\v\f\x0e-\x1f\ufffe\uffff]/g, ""); // as XML asks
   }
 
   async picture() {
-    const image = new Image();
-    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(this.drawing())}`;
+    const image = Object.assign(new Image(), { src: `data:image/svg+xml;charset=utf-8,${encodeURIComponent(this.drawing())}` });
     await image.decode();
     const canvas = set(make("canvas"), { width: 2 * image.width, height: 2 * image.height });
     canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
@@ -454,10 +440,8 @@ class Chart {
   table() {
     const { x, y, lines } = this.plot;
     const heads = [...new Set(this.dots.flatMap((mark) => mark.tip.map(([head]) => head)))];
-    const rows = this.dots.map((mark) => {
-      const tip = Object.fromEntries(mark.tip);
-      return [mark.kind, mark.name, mark.x, mark.y, mark.low, mark.high, ...heads.map((head) => tip[head])];
-    });
+    const told = (mark, tip = new Map(mark.tip)) => heads.map((head) => tip.get(head));
+    const rows = this.dots.map((mark) => [mark.kind, mark.name, mark.x, mark.y, mark.low, mark.high, ...told(mark)]);
     const bare = lines.filter((line) => !line.steps && !this.dots.some((mark) => mark.kind === line.kind));
     for (const line of bare) rows.push(...line.points.map(([a, b], i) => [line.kind, "", a, b, ...(line.band[i] || [])]));
     return [["kind", "name", x.label, y.label, "low", "high", ...heads], ...rows].map((row) => row.map(cell).join(",")).join("\r\n");
@@ -477,11 +461,8 @@ export function wake() {
     const state = { ...place.dataset, chosen: JSON.parse(place.dataset.plot).current };
     place.model = {
       get: (name) => state[name],
-      set: (name, value) => {
-        state[name] = value;
-        place.dispatchEvent(new Event(`change:${name}`));
-      },
-      on: (event, act) => place.addEventListener(event, act),
+      set: (name, value) => Object.assign(state, { [name]: value }) && place.dispatchEvent(new Event(`change:${name}`)),
+      on: (events, act) => events.split(" ").forEach((event) => place.addEventListener(event, act)),
       save_changes: () => {},
     };
     place.classList.add("fedlab-awake");

@@ -14,21 +14,25 @@ from typing import TYPE_CHECKING, Any
 from fedlab_kit.deployment.fleet import front
 from fedlab_kit.lab.client_figures import client_accuracy, label_counts
 from fedlab_kit.lab.plot import Axis, Kind, Line, Mark, Plot, room, to_figure, to_html, to_image, to_png
-from fedlab_kit.lab.style import BLUE, BYTES, GREY, MILLISECONDS, VERMILLION, html_table, percent, styles, with_interval
+from fedlab_kit.lab.style import (
+    BLUE,
+    BYTES,
+    GREY,
+    MILLISECONDS,
+    VERMILLION,
+    html_table,
+    other_than,
+    percent,
+    styles,
+    with_interval,
+)
 
 if TYPE_CHECKING:
     from fedlab_kit.deployment.drift import Look
     from fedlab_kit.deployment.monitor import Alarm
     from fedlab_kit.federation.server import RoundRecord
 
-__all__ = [
-    "client_accuracy",
-    "label_counts",
-    "to_figure",
-    "to_html",
-    "to_image",
-    "to_png",
-]  # made elsewhere, for notebooks
+__all__ = ["client_accuracy", "label_counts", "to_figure", "to_html", "to_image", "to_png"]  # made elsewhere
 
 Point = Mapping[str, Any]
 Curve = tuple[str, "Sequence[RoundRecord]"]
@@ -52,25 +56,12 @@ HUMAN: dict[str, Callable[[Any], str]] = {  # how a field is written that is no 
     "downlink_bytes": AXES["bytes"].write,
     "parameters": "{:,}".format,
 }
-UNTOLD = {
-    "name",
-    "low",
-    "high",
-    "lost_low",
-    "lost_high",
-    "earlier",
-    "path",
-    "run",
-}  # said in other words, or for machines
+# What is said in other words, or to machines.
+UNTOLD = {"name", "low", "high", "lost_low", "lost_high", "earlier", "path", "run"}
 
 
 def accuracy_against(
-    points: Sequence[Point],
-    axis: str = "bytes",
-    *,
-    kind: str = "dtype",
-    current: int | None = None,
-    y: str = "accuracy",
+    points: Sequence[Point], axis: str = "bytes", kind: str = "dtype", current: int | None = None, y: str = "accuracy"
 ) -> Plot:
     """Show accuracy, or the points `lost`, against a size, a time or the traffic, with the Pareto front as steps.
 
@@ -88,14 +79,11 @@ def accuracy_against(
     marks = tuple(_mark(keys[i], points[i], kind, (axis, y, low, high)) for i in places)
     best = tuple((size, sign * height) for size, height in front((mark.x, sign * mark.y) for mark in marks))
     kinds = [Kind(name, *style) for name, style in styles(mark.kind for mark in marks).items()]
-    kinds += [Kind("Pareto front")] if best else []
-    kinds += [Kind("measured earlier", marker="o", hollow=True)] if any(mark.hollow for mark in marks) else []
-    alt = f"{label.split(' on ')[0]} against {x.label[0].lower()}{x.label[1:]}: "
-    alt += (
-        f"{len(marks)} point{'s' if len(marks) > 1 else ''}, {len(best)} on the Pareto front"
-        if best
-        else "no point yet"
-    )
+    steps, before = (other_than(name, [kind.name for kind in kinds]) for name in ("Pareto front", "measured earlier"))
+    kinds += [Kind(steps)] if best else []
+    kinds += [Kind(before, marker="o", hollow=True)] if any(mark.hollow for mark in marks) else []
+    count = f"{len(marks)} point{'s' if len(marks) > 1 else ''}, {len(best)} on the Pareto front"
+    alt = f"{label.split(' on ')[0]} against {x.label[0].lower()}{x.label[1:]}: {count if best else 'no point yet'}"
     if current is not None and current in keys:
         chosen = points[current]
         alt += f"; the current one has {_reached(chosen)} at {x.write(chosen[axis])}"
@@ -104,7 +92,7 @@ def accuracy_against(
         Axis(label, ends=room(marks)),
         tuple(kinds),
         marks,
-        (Line("front", "Pareto front", best, steps=True),) if best else (),
+        (Line("front", steps, best, steps=True),) if best else (),
         current=keys.get(-1 if current is None else current, ""),
         note="" if marks else "No point yet",
         alt=f"{alt}.",
@@ -153,8 +141,7 @@ def accuracy_curve(
 
     `rounds` is how far the axis reaches at least. A round's key is `round/N`, that of an earlier run `earlier/INDEX`.
     """
-    while label in dict(earlier):
-        label += " "  # a kind of its own
+    label = other_than(label, dict(earlier))
     curves = [*((f"earlier/{i}", *curve) for i, curve in enumerate(earlier)), ("this", label, records)]
     lines = [
         Line(key, text, tuple((r.round, 100 * r.accuracy) for r in curve), end=f"{percent(curve[-1].accuracy)} {text}")
@@ -189,9 +176,9 @@ def distances(looks: Sequence[Look], begin: int | None = None) -> Plot:
     """Show the distance of each look of a monitor, its limit, the looks that gave alarm, and where the change began."""
     rung = [look for look in looks if look.alarm]
     top = 1.1 * max([1.0, *(look.limit for look in looks), *(look.distance for look in looks)])
-    told = (
-        f"{len(rung)} alarm{'s' if len(rung) > 1 else ''}, the first after {rung[0].patients} patients" if rung else ""
-    )
+    told = "always below the limit"
+    if rung:
+        told = f"{len(rung)} alarm{'s' if len(rung) > 1 else ''}, the first after {rung[0].patients} patients"
     change = "" if begin is None else f" The change begins after {begin} patients."
     kinds = [Kind("limit", dash="--"), Kind("distance", BLUE), Kind("alarm", VERMILLION, "s"), Kind("change", dash=":")]
     places = {kind: tuple((look.patients, getattr(look, kind)) for look in looks) for kind in ("limit", "distance")}
@@ -205,7 +192,7 @@ def distances(looks: Sequence[Look], begin: int | None = None) -> Plot:
         tuple(kind for kind in kinds if kind.name in drawn),
         tuple(marks),
         tuple(Line(kind, kind, some) for kind, some in places.items() if some),
-        alt=f"Distance from the reference at {len(looks)} looks: {told or 'always below the limit'}.{change}",
+        alt=f"Distance from the reference at {len(looks)} looks: {told}.{change}",
     )
 
 

@@ -166,10 +166,7 @@ def _draw_line(axes: Axes, line: Line, kind: Kind, right: float) -> None:
         axes.fill_between(x, low, high, color=kind.color, alpha=0.2, linewidth=0)
     if line.steps:
         x, y = (*x, right), (*y, y[-1])
-    look: dict[str, Any] = {
-        "linewidth": 2.2 if line.bold else 1.2,
-        "drawstyle": "steps-post" if line.steps else "default",
-    }
+    look: dict[str, Any] = {"linewidth": 2.2 if line.bold else 1.2, "drawstyle": "steps-post" if line.steps else None}
     axes.plot(x, y, color=kind.color, linestyle=kind.dash, alpha=0.7 if line.end and not line.bold else 1, **look)
 
 
@@ -210,12 +207,8 @@ def _name_marks(axes: Axes, marks: Sequence[Mark]) -> None:
     for (x, y, mark), height in zip(placed, heights, strict=True):
         moved = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5} if abs(height - y) > 13 * inch else None
         side = 1 if x < middle else -1
-        offset: dict[str, Any] = {
-            "xytext": (7 * side, (height - y) / inch + 4),
-            "textcoords": "offset points",
-            "arrowprops": moved,
-        }
-        axes.annotate(plain(mark.name, 24), (mark.x, mark.y), ha="left" if side > 0 else "right", **offset, **SMALL)
+        look = SMALL | {"textcoords": "offset points", "arrowprops": moved, "ha": "left" if side > 0 else "right"}
+        axes.annotate(plain(mark.name, 24), (mark.x, mark.y), (7 * side, (height - y) / inch + 4), **look)
 
 
 def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:

@@ -40,12 +40,13 @@ MILLISECONDS: Units = ((1, "ms"), (1e-3, "µs"))
 def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Return colour and marker of each name, in the order of legends: both follow from the name alone.
 
-    Only where a name that is not `KNOWN` would look like another one here, it takes the next style that is free.
+    Only where a name would look like another one here, it takes the next style that is free.
     """
     found: dict[str, tuple[str, str]] = {}
     for name in sorted(set(names), key=_order):
         start = crc32(name.encode(errors="replace")) % len(_OTHERS)
-        wishes = [STYLES[_PLACE[name]]] if name in _PLACE else _OTHERS[start:] + _OTHERS[:start]
+        wishes = [STYLES[_PLACE[name]]] if name in _PLACE else []
+        wishes += _OTHERS[start:] + _OTHERS[:start]
         found[name] = next((style for style in wishes if style not in found.values()), wishes[0])
     return found
 
@@ -99,6 +100,11 @@ def canvas(right: float, left: float = 0.11) -> tuple[Figure, Axes]:
         spine.set_color(GREY)
         spine.set_visible(side in ("left", "bottom"))
     return figure, axes
+
+
+def other_than(name: str, taken: Iterable[str]) -> str:
+    """Return a name that is not taken, though it reads the same."""
+    return other_than(f"{name} ", taken) if name in taken else name
 
 
 def plain(text: str, most: int = 40) -> str:

@@ -18,17 +18,8 @@ from fedlab_kit.lab.plot import Plot
 from .benches import bench_page
 
 HEAD = '<!doctype html><html lang="en"><head><title>Charts</title></head><body><main><h1>Charts</h1>'
-NAMES = [
-    "$$ $x$",
-    "_",
-    "<img src=x onerror=alert(1)>",
-    "long " * 60,
-    "😀",
-    "two\nlines",
-    "",
-    "=1+1",
-    'a "quoted", name',
-]
+NAMES = ["$$ $x$", "_", "<img src=x onerror=alert(1)>", "long " * 60, "😀", "two\nlines", "", "=1+1", 'a "b", c']
+NAMES += ["\x00\x1f", "\ud800"]
 
 
 def record(number: int, accuracy: float) -> SimpleNamespace:
@@ -125,7 +116,9 @@ def test_hovering_says_all_that_is_known_and_clicking_chooses(charts):
         "Latency of one prediction 11.8 µs"
     )
     assert set(re.findall(r"\S+", tip(chart).inner_text())) == set(said.split())
-    mark(chart, "^small").click()
+    charts.page.mouse.down()
+    charts.page.mouse.move(*(place + 2 for place in middle(mark(chart, "^small"))))
+    charts.page.mouse.up()  # hands tremble
     assert charts.chosen == "1" and mark(chart, "^small").get_attribute("aria-pressed") == "true"
     expect(chart.get_by_role("status")).to_contain_text("Chosen: small")
     assert middle(chart.locator(".ring")) == pytest.approx(middle(mark(chart, "^small")), abs=1)
@@ -246,17 +239,37 @@ def test_a_round_that_ends_moves_one_dot_in_and_leaves_the_others_alone(charts):
     expect(chart.locator(".mark")).to_have_count(2)
 
 
+def test_the_chart_grows_with_its_points_unless_someone_has_zoomed_in(charts):
+    chart = charts.show(accuracy_against(POINTS))
+    before = middle(mark(chart, "Point 3,"))
+    charts.update(accuracy_against([*POINTS, point(4, 1e9, 0.99)]))
+    last, frame = middle(mark(chart, "Point 4,")), chart.locator(".frame").bounding_box()
+    assert frame["x"] < last[0] < frame["x"] + frame["width"] and frame["y"] < last[1] < frame["y"] + frame["height"]
+    assert middle(mark(chart, "Point 3,"))[0] < before[0] - 100
+
+
+COUNT_MOVES = """window.moves = 0; const own = Element.prototype.animate;
+Element.prototype.animate = function (...how) { window.moves++; return own.apply(this, how) }; 0"""
+
+
 @pytest.mark.parametrize(("motion", "moves"), [("reduce", 0), ("no-preference", 1)])
 def test_a_dot_glides_only_for_those_who_like_motion(chromium, motion, moves):
     context = chromium.new_context(reduced_motion=motion)
     charts = ChartPage(context.new_page())
     charts.show(curve(3))
-    charts.page.evaluate(
-        "window.moves = 0; const own = Element.prototype.animate;"
-        "Element.prototype.animate = function (...a) { window.moves++; return own.apply(this, a) }; 0"
-    )
+    charts.page.evaluate(COUNT_MOVES)
     charts.update(curve(4))
     assert charts.page.evaluate("window.moves") == moves and charts.errors == []
+    context.close()
+
+
+def test_among_many_points_only_the_new_one_glides(chromium):
+    context = chromium.new_context(reduced_motion="no-preference")
+    charts, many = ChartPage(context.new_page()), [point(i, 1e4 + i, 0.5, dtype="int8") for i in range(400)]
+    charts.show(accuracy_against(many))
+    charts.page.evaluate(COUNT_MOVES)
+    charts.update(accuracy_against([*many, point(400, 1e7, 0.9, dtype="int8")]))
+    assert charts.page.evaluate("window.moves") == 1 and charts.errors == []
     context.close()
 
 
@@ -272,7 +285,8 @@ def test_no_name_breaks_the_chart_or_becomes_markup(charts):
         expect(tip(chart)).to_be_visible()
     assert chart.get_by_role("group", name="Shown").get_by_role("button").count() == len(NAMES) + 1
     assert charts.page.evaluate("document.documentElement.scrollWidth") <= 800
-    labels = [text for text in chart.locator(".halo text").all_inner_texts() if text]
+    assert Image.open(io.BytesIO(saved(charts, chart, "Save as PNG")[1])).width > 1400
+    labels = [text for text in chart.locator(".names text").all_inner_texts() if text]
     assert all(len(text) <= 30 for text in labels)
 
 
