@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fedlab_kit import runs
-from fedlab_kit.lab.canvas import human_bytes
+from fedlab_kit.lab.style import human_bytes
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedlab_kit.data import SPLITS, Dataset, Split, load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.hands import hands, written
+from fedlab_kit.settings import FieldError
 
 OWN = ("site", "hands")  # what tells clients apart is in the samples themselves, and each sample is one client's
 
@@ -46,7 +47,7 @@ def partition(
     """
     owners = {"iid": _iid, "dirichlet": _dirichlet, "shards": _shards, "site": _site, "hands": _iid}
     if scheme not in owners:
-        raise ValueError(f"partition must be one of {', '.join(owners)}, got {scheme!r}")
+        raise FieldError("partition", f"must be one of {', '.join(owners)}, got {scheme!r}")
     kept = ~np.isin(dataset.train.y.numpy(), _checked(dataset, scheme, clients, alpha, missing))
     owner = np.where(kept, owners[scheme](dataset, clients, alpha, np.random.default_rng(seed)), clients)
     counts = np.bincount(owner, minlength=clients)[:clients]
@@ -87,7 +88,7 @@ def label_counts(labels: Tensor, shards: list[Tensor], classes: int) -> Tensor:
 def _by_hand(dataset: Dataset, clients: int, seed: int) -> Dataset:
     """Write every split in the clients' hands; `seed` deals out the training samples alone."""
     if dataset.train.x.dtype != torch.uint8 or dataset.train.x.ndim != 4 or dataset.sites:
-        raise ValueError(f"partition must not be hands for dataset {dataset.name!r}: hands write bytes of pictures")
+        raise FieldError("partition", f"must not be hands for dataset {dataset.name!r}: hands write bytes of pictures")
     _checked(dataset, "hands", clients, 1.0, ())
     splits, field = dict[str, Any](), hands(clients)
     for number, name in enumerate(SPLITS):
@@ -106,23 +107,22 @@ def _checked(dataset: Dataset, scheme: str, clients: int, alpha: float, missing:
     """Return `missing`. ValueError when the samples of the other classes cannot be shared out so."""
     labels = dataset.filled("train").y
     if any(label >= len(dataset.classes) for label in missing):
-        raise ValueError(
-            f"missing must be classes 0 to {len(dataset.classes) - 1} of dataset {dataset.name!r}, got {missing}"
+        raise FieldError(
+            "missing", f"must be classes 0 to {len(dataset.classes) - 1} of dataset {dataset.name!r}, got {missing}"
         )
     count = int((~torch.isin(labels, torch.tensor(missing, dtype=labels.dtype))).sum())
     most = count // 2 if scheme == "shards" else count
     if not count:
-        raise ValueError(f"missing must leave a class that somebody has a sample of, got {missing}")
+        raise FieldError("missing", f"must leave a class that somebody has a sample of, got {missing}")
     if not 1 <= clients <= most:
-        raise ValueError(f"clients must be 1 to {most} for the {scheme} partition of {count} samples, got {clients}")
+        raise FieldError("clients", f"must be 1 to {most} for the {scheme} partition of {count} samples, got {clients}")
     if scheme == "dirichlet" and not alpha > 0:
-        raise ValueError(f"alpha must be above 0, got {alpha}")
+        raise FieldError("alpha", f"must be above 0, got {alpha}")
     if scheme == "site" and clients != len(dataset.sites):
-        raise ValueError(
-            f"clients must be {len(dataset.sites)}, the number of sites of dataset {dataset.name!r}, got {clients}"
-            if dataset.sites
-            else f"partition 'site' needs a dataset with sites; {dataset.name!r} has none"
-        )
+        if not dataset.sites:
+            raise FieldError("partition", f"must not be site for dataset {dataset.name!r}, which has none")
+        sites = f"{len(dataset.sites)}, the number of sites of dataset {dataset.name!r}"
+        raise FieldError("clients", f"must be {sites}, got {clients}")
     return missing
 
 

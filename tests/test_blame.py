@@ -17,12 +17,11 @@ from fedlab_kit.data import SPLITS, Dataset, Preprocess, Split, load
 from fedlab_kit.deployment.evaluate import evaluate, side_by_side
 from fedlab_kit.deployment.score import Model
 from fedlab_kit.federation.server import RoundRecord
-from fedlab_kit.lab.client_pictures import accuracy_of_each
-from fedlab_kit.lab.clients import describe_clients
-from fedlab_kit.lab.compare import comparison
+from fedlab_kit.lab.client_figures import accuracy_of_each
+from fedlab_kit.lab.client_figures import client_accuracy as draw
 from fedlab_kit.lab.leaderboard import worst_client
-from fedlab_kit.lab.plots import client_accuracy as draw
-from fedlab_kit.lab.wording import outcome
+from fedlab_kit.lab.plot import to_figure
+from fedlab_kit.lab.text import comparison, outcome
 from fedlab_kit.run import absent
 from fedlab_kit.wire import CODECS, NotFinite, PayloadError, compensate, make, pack, unpack
 
@@ -180,12 +179,13 @@ def test_the_interval_of_a_client_holds_the_true_accuracy_as_often_as_it_says(to
 
 
 def test_readers_of_client_accuracy_pass_over_those_who_have_none():
-    assert describe_clients([float("nan"), 0.5, 0.75]) == (
+    shown = draw([float("nan"), 0.5, 0.75], [float("nan"), 0.4, 0.7], [float("nan"), 0.6, 0.8])
+    assert shown.alt == (
         "Accuracy of each of 3 clients: mean 62.5 %, worst client 1 with 50.0 %. Not estimable: 1 of them."
     )
-    figure = draw([float("nan"), 0.5, 0.75], [float("nan"), 0.4, 0.7], [float("nan"), 0.6, 0.8])
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1", "2"]
-    assert figure.axes[0].get_title(loc="right") == "not estimable: 1 of 3 clients"
+    [axes] = to_figure(shown).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
+    assert axes.get_xlabel() == "Client, worst first (1 of 3 not estimable)"
     assert "not estimable" in accuracy_of_each(SMALL, record((0, 0, 0), (0, 0, 0)))
 
 

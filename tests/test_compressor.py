@@ -10,10 +10,10 @@ import pytest
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.files import StoreError
-from fedlab_kit.lab import compressor as module
-from fedlab_kit.lab.compressor import NO_RUN, Compressor
-from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.points import Points, said, table, words
+from fedlab_kit.lab import workbench as module
+from fedlab_kit.lab.history import Filter, Marks, Points
+from fedlab_kit.lab.text import said, table, words
+from fedlab_kit.lab.workbench import NO_RUN, Compressor
 from fedlab_kit.run import Run, StoredRun
 from fedlab_kit.runs import history, runs_folder, train
 from fedlab_kit.sweep import MEASURED
@@ -33,11 +33,8 @@ def compressor_of(**options) -> Compressor:
 
 
 def settle(compressor: Compressor) -> Compressor:
-    for _ in range(600):
-        if not compressor.busy:
-            return compressor
-        compressor.watch(0.1)
-    raise AssertionError(compressor.status)
+    assert compressor.wait(60), compressor.status
+    return compressor
 
 
 def recipes(compressor: Compressor) -> list[Recipe]:
@@ -82,7 +79,7 @@ def test_an_impossible_recipe_is_answered_in_words_and_the_next_one_measured(run
     compressor = compressor_of(failed=told.append)
     compressor.ask(run, Recipe(prune="channel", prune_ratio=0.999))
     settle(compressor)
-    assert compressor.status == f"Error: {compressor.error}" and told == [compressor.error]
+    assert compressor.status == f"Error: {compressor.error}" and list(map(str, told)) == [compressor.error]
     assert compressor.error.startswith("prune_ratio 0.999 would remove")
     compressor.ask(run, HALF)
     assert settle(compressor).error == "" and recipes(compressor) == [Recipe(), HALF]
@@ -108,7 +105,7 @@ def test_preparing_leaves_no_point_and_no_file(runs_folder):
 def test_preparing_gives_way_to_a_run_but_not_to_a_question(run):
     compressor = compressor_of(occupied=lambda: True)
     compressor.prepare(TINY)
-    compressor.watch(0.3)
+    assert not compressor.wait(0.3)
     assert compressor.busy and "Preparing" in compressor.status
     compressor.ask(run, HALF)
     assert recipes(settle(compressor)) == [Recipe(), HALF]
@@ -165,10 +162,10 @@ def test_a_point_in_words_and_in_the_table(tmp_path):
 def test_points_of_earlier_benches_are_there_and_answered_from_their_files(run, monkeypatch):
     first = compressor_of()
     first.ask(run, HALF)
-    settle(first)
+    assert first.worker.wait(60, resting=True)
     second = compressor_of()
-    assert [row["earlier"] for row in second.points.shown("blobs")] == [True, True] and second.points.rows() == []
-    assert second.points.shown("blobs", earlier=False) == second.points.shown("digits") == []
+    assert [row["earlier"] for row in second.points.shown(TINY)] == [True, True] and second.points.rows() == []
+    assert second.points.shown(TINY, Filter(time="this bench")) == second.points.shown(Experiment()) == []
     monkeypatch.setattr(module, "compress", None)
     second.ask(run, HALF)
     settle(second)
@@ -190,7 +187,7 @@ def test_a_card_of_another_version_or_a_damaged_one_is_no_point(run, wrong):
     first.ask(run, HALF)
     card = settle(first).artifact.path.with_suffix(".onnx.json")
     card.write_text(json.dumps({**first.artifact.card, **wrong}))
-    assert [row["dtype"] for row in compressor_of().points.shown("blobs")] == ["fp32"]
+    assert [row["dtype"] for row in compressor_of().points.shown(TINY)] == ["fp32"]
     card.write_text("[]")
     assert len(compressor_of().points.all) == 1
 
@@ -247,5 +244,6 @@ def test_a_bench_with_a_run_under_way_does_not_keep_another_waiting(run):
     assert recipes(other) == [Recipe(), Recipe(dtype="fp16")] and not other.error
     assert preparing.busy and dragged.busy and recipes(dragged) == []
     over.set()
-    dragged._due = 0.0
+    dragged.ask(run, HALF)
     settle(preparing)
+    settle(dragged)

@@ -8,9 +8,9 @@ import pytest
 
 from fedlab_kit.catalog import MODELS
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.lab.control import Number, fields_with_control
-from fedlab_kit.lab.controls import Controls, fold, validate
-from fedlab_kit.settings import Settings, knob
+from fedlab_kit.lab.controls import Controls, Number, fields_with_control, validate
+from fedlab_kit.lab.layout import folded, groups
+from fedlab_kit.settings import FieldError, Settings, knob
 
 
 def controls(**changes: object) -> Controls:
@@ -31,7 +31,7 @@ def test_every_field_has_a_named_control_with_help(owner):
 def test_only_widgets_with_an_accessible_name_take_the_keyboard():
     made = controls()
     for control in (made[name] for name in fields_with_control(Experiment)):
-        assert isinstance(control.field, widgets.Dropdown | widgets.IntText | widgets.FloatText)
+        assert isinstance(control.field, widgets.Dropdown | widgets.Text)
         if isinstance(control, Number) and control.slider is not None:
             assert "fedlab-slider" in control.slider._dom_classes and not control.slider.readout
 
@@ -95,13 +95,58 @@ def test_a_dragged_logarithmic_slider_gives_round_numbers():
     assert lr.value == 0.012
 
 
-def test_arrow_keys_step_by_the_first_digit_on_a_logarithmic_scale():
-    alpha = controls()["alpha"]
-    steps = []
-    for value in (0.5, 0.1, 0.15, 20.0):
-        alpha.value = value
-        steps.append(alpha.field.step)
-    assert steps == pytest.approx([0.1, 0.05, 0.1, 10])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [*(("rounds", text) for text in ("2.5", "1e9", "0,2", "1_0", "0x1", "", "ten", "9" * 5000, "\u0663")),
+     *(("lr", text) for text in ("0,2", "1_0", "nan", "inf", "1e999", "", "0.1.2", "0.1 0.2"))],
+)  # fmt: skip
+def test_what_is_typed_is_read_as_typed_and_what_is_no_number_is_refused_beside_its_field(name, text):
+    made = controls()
+    made[name].field.value = text
+    assert made[name].field.value == text and list(made.errors) == [name]
+    assert 'role="alert"' in made[name].note.value and "got" in made.errors[name]
+    assert made.settings(Experiment) == Experiment()
+    made[name].field.value = " 3 "
+    assert made.errors == {} and getattr(made.settings(Experiment), name) == 3
+
+
+def test_numbers_are_typed_as_people_write_them():
+    lr = controls()["lr"]
+    for text, number in (("0.2", 0.2), (".5", 0.5), ("1.", 1), ("2e-3", 0.002), ("+1", 1)):
+        lr.field.value = text
+        assert lr.value == number and type(lr.value) is float
+
+
+def test_a_slider_leads_out_of_a_text_that_is_no_number():
+    rounds = controls()["rounds"]
+    rounds.field.value = "many"
+    rounds.slider.value = 9
+    assert rounds.value == 9
+
+
+def test_a_slider_says_that_it_was_dragged_and_a_field_that_it_was_not():
+    made, seen = controls(), []
+    made.changed = lambda owner, drag: seen.append(drag)
+    made["rounds"].slider.value = 9
+    made["rounds"].value = 30
+    assert seen == [True, False]
+
+
+def test_a_locked_control_shows_its_value_and_keeps_it():
+    made = Controls(Experiment(lr=0.3), locked=["lr", "strategy"])
+    assert made["lr"].field.disabled and made["lr"].slider.disabled and "locked" in made["lr"].note.value
+    made.take(Experiment(lr=0.1, strategy="fedadam", rounds=3))
+    assert made.settings(Experiment) == Experiment(lr=0.3, rounds=3) and made["lr"].value == 0.3
+    with pytest.raises(ValueError, match="controls must be among"):
+        Controls(Experiment(), locked=["colour"])
+
+
+def test_what_has_changed_since_other_settings_is_marked():
+    made = controls(lr=0.2)
+    made.mark(Experiment, Experiment())
+    assert [n for n in fields_with_control(Experiment) if "fedlab-changed" in made[n].widget._dom_classes] == ["lr"]
+    made.mark(Experiment, None)
+    assert "fedlab-changed" not in made["lr"].widget._dom_classes
 
 
 def test_a_wrong_value_is_answered_beside_its_control_and_taken_back_when_mended():
@@ -165,15 +210,20 @@ def test_a_wrong_value_stays_open_to_correction_when_its_field_loses_its_effect(
 
 def test_an_error_of_the_run_is_shown_beside_the_field_it_names():
     made = controls()
-    made.complain("partition must be iid, got 'site'")
-    assert 'role="alert"' in made["partition"].note.value
-    made.complain("the disk is full")
-    made.complain("")
+    made.complain(FieldError("partition", "must be iid, got 'site'"))
+    assert "partition must be iid" in made["partition"].note.value and 'role="alert"' in made["partition"].note.value
+    for other in (
+        FieldError("teacher", "is missing"),
+        ValueError("lr is in here by chance"),
+        OSError("the disk is full"),
+    ):
+        made.complain(other)
+    assert 'role="alert"' not in made["lr"].note.value
 
 
 def test_changes_are_told_after_they_were_validated():
     made, seen = controls(), []
-    made.changed = lambda owner: seen.append(made.settings(Experiment).rounds)
+    made.changed = lambda owner, drag: seen.append(made.settings(Experiment).rounds)
     made["rounds"].value = 9
     assert seen == [9]
 
@@ -185,15 +235,15 @@ def test_an_unknown_control_is_named():
 
 def test_groups_hold_every_other_field_once():
     made = controls()
-    titles = [group.children[0].description for group in made.groups(Experiment, without=["lr"])]
+    titles = [group.children[0].description for group in groups(made, Experiment, without=["lr"])]
     assert titles[:2] == ["Show data and clients", "Show training"] and len(titles) == len(set(titles))
-    held = [row for group in made.groups(Experiment, without=["lr"]) for row in group.children[1].children[:-1]]
+    held = [row for group in groups(made, Experiment, without=["lr"]) for row in group.children[1].children[:-1]]
     assert {id(row) for row in held} == {id(made[n].widget) for n in fields_with_control(Experiment) if n != "lr"}
 
 
 def test_a_group_opens_and_closes_by_a_button():
     made = controls()
-    button, body = fold("training", [made["lr"]]).children
+    button, body = folded("training", [made["lr"].widget]).children
     assert body.layout.display == "none"
     button.click()
     assert body.layout.display != "none" and button.description == "Hide training"
@@ -204,7 +254,7 @@ def test_a_group_opens_and_closes_by_a_button():
 def test_other_settings_are_taken_over_at_once_with_what_has_no_control():
     made = Controls(Experiment(), Recipe(dtype="int8"))
     seen = []
-    made.changed = lambda owner: seen.append((owner, made.settings(owner)))
+    made.changed = lambda owner, drag: seen.append((owner, made.settings(owner)))
     teacher = Experiment(dataset="blobs", model="mlp", clients=3, clients_per_round=3)
     taken = teacher.replace(model="logistic", teacher=teacher, lr=0.3, strategy="fedadam")
     made["lr"].value = -1.0

@@ -17,8 +17,8 @@ from fedlab_kit import catalog
 from fedlab_kit.data import SPLITS, Dataset, Split, load
 from fedlab_kit.federation import client, messages
 from fedlab_kit.federation.server import RoundRecord, broadcast, start
-from fedlab_kit.lab.report import measured
-from fedlab_kit.lab.wording import outcome
+from fedlab_kit.lab.bundle import measured
+from fedlab_kit.lab.text import outcome
 from fedlab_kit.partition import partition
 from fedlab_kit.run import StoredRun
 from fedlab_kit.wire import privacy

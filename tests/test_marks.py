@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlab_kit.files import StoreError
-from fedlab_kit.lab import marks as module
-from fedlab_kit.lab.marks import Mark, Marks
+from fedlab_kit.lab import history as module
+from fedlab_kit.lab.history import Mark, Marks
 
 CHANGES = st.lists(st.tuples(st.sampled_from(["name", "hide", "show"]), st.sampled_from("ab")), max_size=8)
 

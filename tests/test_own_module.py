@@ -18,7 +18,7 @@ import fedlab_kit as fk
 from fedlab_kit.deployment import artifact as module
 from fedlab_kit.deployment.artifact import load, recall
 from fedlab_kit.deployment.evaluate import evaluate
-from fedlab_kit.lab.export import export
+from fedlab_kit.lab.bundle import export
 from fedlab_kit.runs import history
 
 INT8 = fk.Recipe(dtype="int8", quantization="dynamic")

@@ -17,7 +17,7 @@ import fedlab_kit as fk
 from fedlab_kit import __main__ as cli
 from fedlab_kit import catalog, code_reading, runs
 from fedlab_kit.files import StoreError, read_json, write_bytes, write_json
-from fedlab_kit.lab.canvas import human_bytes
+from fedlab_kit.lab.style import human_bytes
 from fedlab_kit.runs import history
 from fedlab_kit.store import ClientFiles, RunFolder
 

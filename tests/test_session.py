@@ -9,12 +9,11 @@ from torch import nn
 from fedlab_kit import catalog
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.files import StoreError
-from fedlab_kit.lab import pictures
-from fedlab_kit.lab import session as module
-from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.pictures import earlier_curves
-from fedlab_kit.lab.session import Session
-from fedlab_kit.lab.wording import difference
+from fedlab_kit.lab import workbench as module
+from fedlab_kit.lab import worker
+from fedlab_kit.lab.history import Marks
+from fedlab_kit.lab.text import difference
+from fedlab_kit.lab.workbench import Session, earlier_curves
 from fedlab_kit.runs import history, train
 from fedlab_kit.store import RunFolder
 
@@ -160,7 +159,7 @@ def test_earlier_runs_are_labelled_by_what_sets_them_apart(session, tmp_path, mo
     assert [label for label, _ in earlier_curves(session, marks, TINY.replace(seed=8))] == apart
     before = Session(earlier=session.runs)  # nothing was run here yet: what the controls say is the measure
     assert [label for label, _ in earlier_curves(before, marks, TINY)] == [*apart, "these settings"]
-    monkeypatch.setattr(pictures, "BEHIND", 2)
+    monkeypatch.setattr(module, "BEHIND", 2)
     assert [label for label, _ in earlier_curves(before, marks, TINY)] == [apart[1], "these settings"]
     marks.name(session.runs[0].key, "skewed")
     marks.hide(session.runs[1].key)
@@ -256,7 +255,7 @@ def test_a_run_may_be_waited_for_while_it_is_being_started(session, monkeypatch)
             others.append(waiting)
 
     others: list[Thread] = []
-    monkeypatch.setattr(module, "Thread", Slow)
+    monkeypatch.setattr(worker, "Thread", Slow)
     session.start(TINY)
     others[0].join(20)
     assert seen == [True]

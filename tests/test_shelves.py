@@ -10,10 +10,11 @@ import pytest
 from fedlab_kit import code_reading
 from fedlab_kit.deployment.artifact import compress
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.lab import client_shelf, compare
+from fedlab_kit.lab import layout
+from fedlab_kit.lab import text as compare
 from fedlab_kit.lab.bench import Bench
-from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.shelf import Choice
+from fedlab_kit.lab.history import Marks
+from fedlab_kit.lab.layout import Choice
 from fedlab_kit.runs import history, train
 
 TINY = Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2, rounds=2)
@@ -68,23 +69,30 @@ def test_the_current_point_is_chosen_named_hidden_and_brought_back(bench):
 def test_points_of_earlier_benches_can_be_left_out(bench):
     later = Bench(TINY)
     assert len(later.history) == 2 and later.points == []
-    assert ": 2 points" in later.screen.scatter.value
-    later.screen.points.earlier.value = False
-    assert later.wait(20) and "no point yet" in later.screen.scatter.value
-    later.screen.points.earlier.value = True
+    assert ": 2 points" in later.screen.scatter.picture.value
+    later.screen.points.filters["time"].value = "this bench"
+    assert later.wait(20) and "no point yet" in later.screen.scatter.picture.value
+    later.screen.points.filters["time"].value = ""
+    assert later.wait(20)
     later.screen.points.point.field.value = 2
     assert later.wait(20) and later.artifact.path == bench.artifact.path and len(later.points) == 1
 
 
-def test_export_writes_to_the_folder_in_the_field_and_says_where(bench, tmp_path):
-    bench.screen.points.folder.value = str(tmp_path / "mine")
+def test_export_writes_to_the_folder_in_the_field_and_says_where(bench, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bench.screen.points.folder.value = "mine"
     press(bench, "Export")
     assert f"Exported to {tmp_path / 'mine'}: open report.html there." in bench.screen.compress_status.value
     assert (tmp_path / "mine" / bench.artifact.path.name).read_bytes() == bench.artifact.path.read_bytes()
     Path(tmp_path / "taken").write_text("")
-    bench.screen.points.folder.value = str(tmp_path / "taken")
-    press(bench, "Export")
-    assert "taken is a file: name a folder that does not exist yet" in bench.screen.compress_status.value
+    for name, place in (("mine", "mine-2"), ("mine", "mine-3"), ("taken", "taken-2"), ("", "my-model")):
+        bench.screen.points.folder.value = name
+        press(bench, "Export")
+        assert f"Exported to {tmp_path / place}: open" in bench.screen.compress_status.value
+    for outside in ("../mine", "/mine", "a/../../b", "~/../x/../../y"):
+        bench.screen.points.folder.value = outside
+        press(bench, "Export")
+        assert "lies outside this notebook" in bench.screen.compress_status.value
 
 
 def test_export_of_an_earlier_point_trains_nothing(bench, tmp_path):
@@ -155,13 +163,13 @@ def test_runs_of_older_code_are_marked_and_their_points_exported(runs_folder, tm
     (old,) = history()[0]
     assert old.older and compare.run_option(old, Marks(runs_folder)).endswith(", made by older code")
     assert "made by older code" in compare.runs_table([old], Marks(runs_folder))
-    bench.desk.compressor.choose(1)
+    bench.workbench.compressor.choose(1)
     deadline = time.monotonic() + 30
-    while bench.desk.compressor.busy and time.monotonic() < deadline:
+    while bench.workbench.compressor.busy and time.monotonic() < deadline:
         time.sleep(0.02)
     assert "Made by older code" in (bench.export(tmp_path / "out") / "reproduce.py").read_text()
     bench.run(block=True)
-    assert bench.desk.session.runs[-1].key != old.key and not bench.desk.session.runs[-1].from_store
+    assert bench.workbench.session.runs[-1].key != old.key and not bench.workbench.session.runs[-1].from_store
 
 
 def test_two_runs_are_told_apart_by_their_names_or_by_what_differs(runs_folder):
@@ -219,7 +227,7 @@ def test_clients_are_drawn_once_unfolded_and_follow_the_controls(bench):
     assert f"worst client {worst.argmin()} with {100 * worst.min():.1f} %" in shelf.accuracy.value
     bench.controls["clients"].value = 6
     assert bench.wait(20) and "at 6 clients" in shelf.labels.value
-    bench.controls["clients"].value = client_shelf.MOST + 1
+    bench.controls["clients"].value = layout.MOST + 1
     assert bench.wait(20) and "these settings have 101" in shelf.labels.value
 
 

@@ -20,8 +20,8 @@ from fedlab_kit.deployment.artifact import compress, load
 from fedlab_kit.deployment.registry import Registry
 from fedlab_kit.federation.setup import task
 from fedlab_kit.files import StoreError, at, file_name, read_tensors, sweep_up, write_bytes, write_json, write_tensors
-from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.points import Points, said, table
+from fedlab_kit.lab.history import Filter, Marks, Points
+from fedlab_kit.lab.text import said, table
 from fedlab_kit.runs import history
 from fedlab_kit.store import RunFolder
 
@@ -294,7 +294,7 @@ def look(good: Path) -> list[str]:
     stored, damaged = history()
     assert good in [run.path for run in stored]
     points = Points(Marks(good.parent), stored)
-    rows = points.shown("blobs")
+    rows = points.shown(MOST, Filter("blobs"))
     assert table(rows, None) and all(said(row) for row in rows)
     for run in stored:
         assert f"{run!r}{run.interval}{run.note}{run.uplink_bytes}{run.measured['seconds']:.1f}"
@@ -374,14 +374,14 @@ def test_a_strange_card_costs_that_point_alone(store, sealed):
 def test_a_flipped_bit_in_a_card_costs_that_point_alone(store):
     good, _ = store
     [file] = (good / "artifacts").glob("*.json")
-    points = Points(Marks(good.parent), history()[0]).shown("blobs")
+    points = Points(Marks(good.parent), history()[0]).shown(MOST, Filter("blobs"))
     text = file.read_text()
     dice = random.Random(7)
     for _ in range(60):
         flipped = bytearray(text.encode())
         flipped[dice.randrange(len(flipped))] ^= 1 << dice.randrange(7)
         file.write_bytes(flipped)
-        assert Points(Marks(good.parent), history()[0]).shown("blobs") in ([], points)
+        assert Points(Marks(good.parent), history()[0]).shown(MOST, Filter("blobs")) in ([], points)
 
 
 def test_whatever_lies_in_the_store_costs_nobody_else(store, runs_folder):

@@ -17,9 +17,8 @@ from fedlab_kit.deployment import artifact, measure
 from fedlab_kit.deployment.artifact import load
 from fedlab_kit.deployment.selection import choose, front, front_share
 from fedlab_kit.files import StoreError
-from fedlab_kit.lab.compressor import Compressor
-from fedlab_kit.lab.marks import Marks
-from fedlab_kit.lab.points import Points
+from fedlab_kit.lab.history import Marks, Points
+from fedlab_kit.lab.workbench import Compressor
 from fedlab_kit.runs import find, history
 from fedlab_kit.statistics import crossed_loss
 from fedlab_kit.store import when_and_where
@@ -291,8 +290,7 @@ def test_a_bench_takes_over_what_a_sweep_has_measured(made):
     made.clear()
     compressor = Compressor(Points(Marks(runs.runs_folder()), history()[0]))
     compressor.ask(find(SMALL), fk.Recipe(dtype="int8"))
-    while compressor.busy:
-        compressor.watch(0.1)
+    assert compressor.wait(60)
     assert made == [] and compressor.points.current.recipe.dtype == "int8" and not compressor.error
 
 

@@ -9,8 +9,9 @@ import pytest
 import fedlab_kit as fk
 from fedlab_kit.data import load
 from fedlab_kit.deployment.monitor import Stream, draw
-from fedlab_kit.lab.looks import alarm_table, describe_distances, describe_power, distances, power
-from fedlab_kit.lab.watch import TEXT, Watch
+from fedlab_kit.lab.drift_bench import TEXT, Watch
+from fedlab_kit.lab.figures import alarm_table, distances, power
+from fedlab_kit.lab.plot import to_figure
 
 EXPERIMENT = fk.Experiment(
     dataset="clinics", model="logistic", partition="site", clients=3, clients_per_round=3, rounds=10, lr=0.2
@@ -65,7 +66,7 @@ def test_a_change_is_caught_and_said(artifact):
     assert first.site == "south" and 100 < first.patient <= 200
     assert f"is caught {first.patient - 100} patients later." in bench.status.value
     assert 'role="status"' in bench.status.value and "<caption>" in bench.table.value
-    assert 'alt="Distance from the reference at' in bench.picture.value
+    assert 'alt="Distance from the reference at' in bench.chart.picture.value
 
 
 def test_moving_a_control_answers_and_the_newest_wish_wins(artifact):
@@ -116,23 +117,24 @@ def look(patients: int, distance: float) -> SimpleNamespace:
 
 def test_distances_in_lines_and_in_words():
     looks = [look(20, 1.0), look(30, 1.5), look(40, 2.5)]
-    axes = distances(looks, begin=25).axes[0]
-    assert [line.get_label() for line in axes.lines] == ["limit", "distance", "alarm", "change"]
-    assert list(axes.lines[1].get_ydata()) == [1.0, 1.5, 2.5] and list(axes.lines[2].get_xdata()) == [40]
-    said = describe_distances(looks, 25)
-    assert said == (
+    shown = distances(looks, begin=25)
+    assert [kind.name for kind in shown.kinds] == ["limit", "distance", "alarm", "change"]
+    limit, distance, change = shown.lines
+    assert [y for _, y in distance.points] == [1.0, 1.5, 2.5] and {x for x, _ in change.points} == {25}
+    assert limit.kind == "limit" and [mark.x for mark in shown.marks] == [40]
+    assert shown.alt == (
         "Distance from the reference at 3 looks: 1 alarm, the first after 40 patients. The change begins "
         "after 25 patients."
     )
-    assert describe_distances(looks[:2]).endswith("always below the limit.")
-    assert len(distances([]).axes) == 1
+    assert distances(looks[:2]).alt.endswith("always below the limit.")
+    assert len(to_figure(distances([])).axes) == 1 and len(to_figure(shown).axes[0].lines) == 4
 
 
 def test_power_in_lines_and_in_words():
     caught = {"north": [0.0, 1.0], "south": [0.1, 0.5]}
-    assert [list(line.get_ydata()) for line in power([0, 1], caught, "offset").axes[0].lines] == [[0, 100], [10, 50]]
-    said = describe_power([0, 1], caught, "offset")
-    assert said.endswith("(offset) from 0 to 1: north from 0.0 % to 100.0 %; south from 10.0 % to 50.0 %.")
+    shown = power([0, 1], caught, "offset")
+    assert [[y for _, y in line.points] for line in shown.lines] == [[0, 100], [10, 50]]
+    assert shown.alt.endswith("(offset) from 0 to 1: north from 0.0 % to 100.0 %; south from 10.0 % to 50.0 %.")
 
 
 def test_alarms_are_a_table_whose_words_are_escaped(artifact):

@@ -19,6 +19,7 @@ from torch_pruning import importance
 
 from fedlab_kit.compression.dependency import CONV, LAST_AXIS, dependencies, parts_of, squares, without
 from fedlab_kit.models import Draws, as_batch
+from fedlab_kit.settings import FieldError
 
 # Measured in onnxruntime: layers of 32 channels or more run in blocks, and with counts between the blocks a pruned
 # resnet is up to 1.7 times slower than the unpruned one; below that, rounding gains nothing.
@@ -112,8 +113,11 @@ def plan_channels(
             raise ValueError(f"{remedy} cannot follow it ({first_line(error)})") from error
         for group in groups:
             if group.cuts and _kept(group, ratio, multiple) == 0:
-                lost = f"all {group.width} channels of layer {group.layers[0]!r}"
-                raise ValueError(f"prune_ratio {ratio:g} would remove {lost}; choose a smaller one")
+                raise FieldError(
+                    "prune_ratio",
+                    f"{ratio:g} would remove all {group.width} channels of layer {group.layers[0]!r}; "
+                    "choose a smaller one",
+                )
         groups = _sound(model, sample, groups)
     faults = {layer: group.fault for group in groups for layer in group.layers if group.fault}
     cuts = tuple(cut for group in groups for cut in group.cuts)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedlab_kit.compression.channels import plan_channels, prune_channels
 from fedlab_kit.experiment import Recipe
+from fedlab_kit.settings import FieldError
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """The layers that count as normalization."""
@@ -62,8 +63,10 @@ def prune_weights(model: nn.Module, ratio: float) -> nn.Module:
     parts = mask.split([weight.numel() for weight in weights.values()])
     for (name, weight), part in zip(weights.items(), parts, strict=True):
         if not weight.masked_fill_(part.view_as(weight) == 0, 0.0).any():
-            lost = f"every weight of layer {name.removesuffix('.weight')!r}"
-            raise ValueError(f"prune_ratio {ratio:g} would remove {lost}; choose a smaller one")
+            raise FieldError(
+                "prune_ratio",
+                f"{ratio:g} would remove every weight of layer {name.removesuffix('.weight')!r}; choose a smaller one",
+            )
     return pruned
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from fedlab_kit.run import Run
 from fedlab_kit.settings import complaint
 from fedlab_kit.store import when_and_where
 
+BURSTS = 6  # of which all but one in 32 have the median between their ends
 _PACKAGES = ("torch", "torch-pruning", "onnx", "onnxruntime", "zstandard")  # besides the code, they decide a file
 _SOURCES = {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}  # while it is what is loaded
 
@@ -180,8 +182,29 @@ def recall(
     with TURN:
         card["measured"] |= measure.speed(found.session, subject.held)
     card |= when_and_where()
+    card.pop("latency", None)  # of the other machine
     write_json(card_file, card)
     return _artifact(path, card, found.session, subject.dataset)
+
+
+def time_beside(artifact: Artifact, baseline: Artifact) -> Artifact:
+    """Time a file in turns with the fp32 file of the same model; its latency and the ratio of the two go on its card.
+
+    Both are the middle of `BURSTS` bursts. Their ends stand beside them, under `latency`: a 97 % interval of the median
+    whatever the distribution, which holds what changes from burst to burst as well.
+    """
+    raw, sessions = artifact.dataset.filled("validation").x[:1], [artifact.session, baseline.session]
+    with TURN:
+        bursts = [[one.median for one in measure.latencies(sessions, raw, 0.01)] for _ in range(BURSTS)]
+    mine = [1e3 * one for one, _ in bursts]
+    ratio = 1.0 if artifact.digest == baseline.digest else median(one / other for one, other in bursts)
+    card = {
+        **artifact.card,
+        "measured": {**artifact.card["measured"], "latency_ms": median(mine)},
+        "latency": {"low": min(mine), "high": max(mine), "ratio": ratio, "beside": baseline.digest},
+    }
+    write_json(_beside(artifact.path)[0], card)
+    return _artifact(artifact.path, card, artifact.session, artifact.dataset)
 
 
 def _compress(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Artifact:

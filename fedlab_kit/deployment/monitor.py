@@ -18,7 +18,7 @@ from fedlab_kit.data import Preprocess, Split
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.deployment.drift import LEVEL, TOLERANCE, Drift, Look, Reference, directions
 from fedlab_kit.deployment.score import matrix, odd_rows
-from fedlab_kit.settings import Settings, knob
+from fedlab_kit.settings import FieldError, Settings, knob
 
 FEWEST = 10  # reference patients that a site must have to be watched for drift
 RECENT = 500  # answers that a budget looks back on
@@ -223,7 +223,7 @@ def draw(part: Split, site: int, preprocess: Preprocess, stream: Stream) -> tupl
         raise ValueError(f"site must have patients in this split, site {site} has none")
     width = part.x.shape[1]
     if stream.features > width:
-        raise ValueError(f"features must be at most {width}, the columns of the table, got {stream.features}")
+        raise FieldError("features", f"must be at most {width}, the columns of the table, got {stream.features}")
     rng = np.random.default_rng(stream.seed)
     chosen, rows = rng.permutation(width)[: stream.features], pool[rng.integers(len(pool), size=stream.patients)]
     x, y = part.x.numpy()[rows].copy(), part.y.numpy()[rows]

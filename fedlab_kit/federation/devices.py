@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedlab_kit.federation.setup import Task, rng_for
 from fedlab_kit.models import flops
+from fedlab_kit.settings import FieldError
 from fedlab_kit.wire.links import LINKS, Link
 
 WIDTHS = (1.0, 0.5, 0.25, 0.125)
@@ -58,9 +59,10 @@ def width(task: Task, client: int) -> float:
     if task.experiment.devices != "sliced":
         return 1.0
     if task.model.stack is None:
-        raise ValueError(
-            "devices must be equal or unequal for a model that is not a plain chain of Flatten, Linear, ReLU, Conv2d "
-            f"and MaxPool2d, as {task.experiment.model!r}, got 'sliced'"
+        raise FieldError(
+            "devices",
+            "must be equal or unequal for a model that is not a plain chain of Flatten, Linear, ReLU, Conv2d "
+            f"and MaxPool2d, as {task.experiment.model!r}, got 'sliced'",
         )
     shapes, memory = task.model.layout.shapes, device(client).memory
     return next((w for w in WIDTHS if 8 * int(slice_mask(shapes, w).sum()) <= memory), WIDTHS[-1])

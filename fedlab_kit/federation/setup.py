@@ -23,6 +23,7 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat_model import FlatModel
 from fedlab_kit.models import build
 from fedlab_kit.partition import OWN, data_of, held_out, shards_of
+from fedlab_kit.settings import FieldError
 from fedlab_kit.statistics import recall, wilson
 
 
@@ -203,17 +204,18 @@ def _task(experiment: Experiment, parents: Parents, makers: object, thread: int)
     e, dataset = experiment, data_of(experiment)
     model = FlatModel(_module(e, parents, dataset), dataset.preprocess(dataset.train.x[:8]), e.device)
     if model.state_layout.size and e.privacy != "off" and e.normalization == "shared":
-        raise ValueError(
-            f"privacy must be off for model {e.model!r}, got {e.privacy!r}: what BatchNorm "
+        raise FieldError(
+            "privacy",
+            f"must be off for model {e.model!r}, got {e.privacy!r}: what BatchNorm "
             f"and its like keep of samples ({model.state_layout.names[0]}) would leave the client bare; use GroupNorm, "
-            "or normalization 'own'"
+            "or normalization 'own'",
         )
     if e.qat != "off":
         _round_frozen(model, e)
     shards = shards_of(e)
     own = e.normalization == "own"
     if own and not (model.norms or model.state_layout.size):
-        raise ValueError(f"normalization must be shared for model {e.model!r}, which has no such layer")
+        raise FieldError("normalization", f"must be shared for model {e.model!r}, which has no such layer")
     if e.teacher is not None and parents.teacher is None:
         raise ValueError("teacher must be trained first: hand its model over")
     return Task(

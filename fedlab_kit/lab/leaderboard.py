@@ -8,7 +8,7 @@ on them, or knows a few by heart, is not found out: for that the room needs a da
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Timer
@@ -24,7 +24,7 @@ from fedlab_kit.deployment.score import read
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.setup import strata, task
 from fedlab_kit.files import at, is_number
-from fedlab_kit.lab.canvas import percent
+from fedlab_kit.lab.style import percent
 from fedlab_kit.run import Run
 from fedlab_kit.runs import identify, train
 from fedlab_kit.statistics import paired_loss, wilson
@@ -206,20 +206,13 @@ def _run_again(experiment: Experiment) -> list[Run]:
     timer = Timer(PATIENCE, stop.set)
     timer.start()
     try:
-        for each in _chain(experiment):
+        for each in experiment.lineage:
             runs.append(train(each, stop))
             if runs[-1].status == "stopped":
                 raise ValueError(f"its settings take more than {PATIENCE:g} s to run again")
     finally:
         timer.cancel()
     return runs
-
-
-def _chain(experiment: Experiment) -> Iterator[Experiment]:
-    """Yield all that is trained for an experiment, itself last."""
-    for parent in experiment.parents:
-        yield from _chain(parent)
-    yield experiment
 
 
 def _ranked(table: pandas.DataFrame, rule: str, accuracy: float) -> pandas.DataFrame:

@@ -47,7 +47,7 @@ class BenchPage(LabPage):
         self.button(name).press("Enter")
 
     def type_into(self, name: str, value: str) -> None:
-        field = self.output.get_by_role("spinbutton", name=name, exact=True)
+        field = self.output.get_by_role("textbox", name=name, exact=True)
         field.fill(value)
         field.press("Enter")
 
@@ -56,19 +56,19 @@ class BenchPage(LabPage):
 
     @property
     def train_status(self) -> Locator:
-        return self.output.get_by_role("status").first
+        return self.output.locator(".fedlab-status").first
 
     @property
     def compress_status(self) -> Locator:
-        return self.output.get_by_role("status").last
+        return self.output.locator(".fedlab-status").last
 
     @property
     def curve(self) -> Locator:
-        return self.output.get_by_role("img").first
+        return self.output.get_by_role("group", name=re.compile("^Accuracy per round"))
 
     @property
     def scatter(self) -> Locator:
-        return self.output.get_by_role("img", name=re.compile("^Accuracy against"))
+        return self.output.get_by_role("group", name=re.compile("^Accuracy against"))
 
     def quiet(self) -> None:
         """Leave nothing under way behind."""

@@ -5,13 +5,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,13 +90,47 @@ def test_the_page_is_the_bench_and_run_draws_a_point(app, chromium: Browser, tmp
     expect(run).to_be_visible(timeout=60_000)
     expect(page.get_by_text("import fedlab_kit")).to_have_count(0)
     run.click()
-    expect(page.get_by_role("img", name=re.compile("^Accuracy against .*: 1 point,"))).to_be_visible(timeout=60_000)
-    expect(page.get_by_role("img", name=re.compile(r"^Accuracy per round: \d"))).to_be_visible()
+    expect(page.get_by_role("group", name=re.compile("^Accuracy against .*: 1 point,"))).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("group", name=re.compile(r"^Accuracy per round: \d"))).to_be_visible()
     pictures = Path(os.environ.get("FEDLAB_SCREENSHOTS", tmp_path)).resolve()
     page.screenshot(path=pictures / "app.png", full_page=True)
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    expect(page.get_by_role("main")).to_have_count(1)
     context.close()
     assert errors == []
     assert [url for url in fetched if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def kernels() -> list[int]:
+    """The kernels of the app, by their process ids."""
+    found = [one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
+    servers = {one.pid for one in found if "tools/app.py" in one.cmdline()}
+    return [one.pid for one in found if one.ppid() in servers and "ipykernel_launcher" in one.cmdline()]
+
+
+def gone(those: list[int]) -> bool:
+    """Whether processes end within some seconds."""
+    deadline = time.monotonic() + 20
+    while set(those) & set(kernels()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not set(those) & set(kernels())
+
+
+def test_a_page_that_is_closed_or_loaded_again_ends_its_kernel(app, chromium: Browser):
+    address, token = app
+    context = chromium.new_context()
+    page = context.new_page()
+    page.goto(f"{address}?token={token}", timeout=60_000)
+    expect(page.get_by_role("button", name="Run", exact=True)).to_be_visible(timeout=60_000)
+    first = kernels()
+    page.reload(timeout=60_000)
+    expect(page.get_by_role("button", name="Run", exact=True)).to_be_visible(timeout=60_000)
+    assert len(first) == 1 and gone(first)
+    second = kernels()
+    page.close()
+    assert len(second) == 1 and gone(second) and kernels() == []
+    context.close()
 
 
 @pytest.mark.parametrize("port", ["99999", "voila"])

@@ -12,8 +12,8 @@ from fedlab_kit.deployment import measure
 from fedlab_kit.deployment.artifact import Artifact, compress, load, squeeze
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError
-from fedlab_kit.lab.canvas import percent
 from fedlab_kit.lab.exercises import Hint, exercise
+from fedlab_kit.lab.style import percent
 from fedlab_kit.run import Run
 from fedlab_kit.runs import train
 

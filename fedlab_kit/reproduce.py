@@ -1,4 +1,4 @@
-"""`export`: an artifact to take home, as a folder with its card, its settings as code, the points and a report."""
+"""The code that makes an artifact again: a user's own definitions as source text, then three lines."""
 
 from __future__ import annotations
 import __future__
@@ -6,13 +6,11 @@ import __future__
 import ast
 import inspect
 import linecache
-import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from math import isfinite
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -20,33 +18,13 @@ import torch
 
 from fedlab_kit import catalog
 from fedlab_kit.code_reading import origin_of
-from fedlab_kit.deployment.artifact import Artifact, load
-from fedlab_kit.deployment.score import harmless
 from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.files import StoreError, at, filling
 from fedlab_kit.identity import Unknowable
-from fedlab_kit.lab.report import report
 from fedlab_kit.run import StoredRun
 from fedlab_kit.runs import identify, parts
 
-CODE, POINTS, REPORT = "reproduce.py", "points.csv", "report.html"
 KINDS = ("model", "dataset", "codec", "codec")
 CO_FUTURE_ANNOTATIONS = __future__.annotations.compiler_flag
-
-
-def export(folder: str | Path, artifact: Artifact, run: StoredRun, points: Sequence[Mapping[str, Any]]) -> Path:
-    """Write a folder: the artifact, its model card, `reproduce.py`, `points.csv` and `report.html`; return its path.
-
-    The test split is opened here: its accuracy is measured on the exported file and stands on the exported card.
-    `points` are rows as `Bench.points` gives them. The folder appears whole or not at all, and one that holds an
-    export of the same artifact is replaced. Raises StoreError when the folder holds anything else, or when the
-    artifact is damaged or the folder cannot be written.
-    """
-    target = at(folder).absolute()
-    _refuse_others(target, artifact)
-    with filling(target) as made:
-        _fill(made, artifact, run, points)
-    return target
 
 
 def reproduce(run: StoredRun, recipe: Recipe, digest: str) -> str:
@@ -55,7 +33,7 @@ def reproduce(run: StoredRun, recipe: Recipe, digest: str) -> str:
     What cannot be carried along is named at the top with the reason; so is code that has changed since the run.
     """
     carried = Carried()
-    for experiment in dict.fromkeys((*_ancestors(run.experiment), run.experiment)):
+    for experiment in run.experiment.lineage:
         for kind, name, thing in zip(KINDS, _names(experiment), parts(experiment), strict=True):
             if not catalog.is_built_in(thing):
                 carried.register(kind, name, thing)
@@ -72,11 +50,6 @@ def reproduce(run: StoredRun, recipe: Recipe, digest: str) -> str:
         + "\nfrom fedlab_kit import Experiment, Recipe, compress, train\n\n"
         + f"run = train({run.experiment!r})\nartifact = compress(run, {recipe!r})\n"
     )
-
-
-def _ancestors(experiment: Experiment) -> Iterator[Experiment]:
-    for parent in experiment.parents:
-        yield from (*_ancestors(parent), parent)
 
 
 def _names(experiment: Experiment) -> tuple[str, str, str, str]:
@@ -225,47 +198,3 @@ def _is_plain(value: Any) -> bool:
         parts = [*value, *value.values()] if type(value) is dict else value
         return all(map(_is_plain, parts)) and bool(len(value) or type(value) not in (set, frozenset))
     return type(value) in (bool, int, str, bytes, type(None)) or (type(value) is float and isfinite(value))
-
-
-def _fill(folder: Path, artifact: Artifact, run: StoredRun, points: Sequence[Mapping[str, Any]]) -> None:
-    """Write all files into a folder that nobody sees yet; the copy is checked against its digest as it is opened."""
-    for file in _files(artifact):
-        shutil.copyfile(artifact.path.with_name(file), folder / file)
-    copy = load(folder / artifact.path.name)
-    if copy.card["run"] != run.key:
-        raise ValueError(
-            f"{artifact.path.name} must be of the run it is exported with, {run.key}: it is of another one"
-        )
-    if copy.card["data"]["digest"] != run.dataset.digest:
-        raise StoreError("the data set is another one now: press Run with this point's settings to make it again")
-    copy.test()
-    code = reproduce(run, Recipe(**artifact.card["recipe"]), artifact.digest)
-    (folder / CODE).write_text(code, encoding="utf-8")
-    _write_points(folder / POINTS, points)
-    (folder / REPORT).write_text(report(copy, run, points, code), encoding="utf-8")
-
-
-def _write_points(file: Path, points: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows with the names of their files only: folders of this machine mean nothing elsewhere.
-
-    No spreadsheet takes text for a formula, see `harmless`.
-    """
-    import pandas
-
-    table = pandas.DataFrame([{**point, "path": Path(point["path"]).name} for point in points])
-    table.rename(columns={"path": "file"}).map(harmless).to_csv(file, index=False)
-
-
-def _files(artifact: Artifact) -> tuple[str, str]:
-    return artifact.path.name, f"{artifact.path.name}.json"
-
-
-def _refuse_others(target: Path, artifact: Artifact) -> None:
-    """Raise StoreError, naming it, for anything in the way that is not an earlier export of the same artifact."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise StoreError(f"{target} is a file: name a folder that does not exist yet")
-    mine = {*_files(artifact), CODE, POINTS, REPORT}
-    if others := sorted({path.name for path in target.iterdir()} - mine):
-        raise StoreError(f"{target} holds other files ({', '.join(others[:3])}): name a folder that does not exist yet")

@@ -1,11 +1,8 @@
-"""A bench for drift: knobs for a stream of patients, what the monitor sees of it, and its alarms; core ipywidgets.
-
-A worker thread of its own answers the newest wish; a control that is moved never waits for it.
-"""
+"""A bench for drift: knobs for a stream of patients, what the monitor sees of it, and its alarms."""
 
 from __future__ import annotations
 
-from threading import Condition, Thread
+from functools import partial
 from typing import Any
 
 import ipywidgets as widgets
@@ -13,15 +10,14 @@ import ipywidgets as widgets
 from fedlab_kit.data import Dataset
 from fedlab_kit.deployment.artifact import Artifact
 from fedlab_kit.deployment.monitor import Alarm, Monitor, Stream, draw
-from fedlab_kit.lab.canvas import to_html
-from fedlab_kit.lab.control import KNOB, Control
-from fedlab_kit.lab.controls import Controls, help_text
-from fedlab_kit.lab.looks import alarm_table, describe_distances, distances
-from fedlab_kit.lab.screen import halves, heading, page, status
+from fedlab_kit.lab.chart import Chart
+from fedlab_kit.lab.controls import KNOB, Controls, help_text
+from fedlab_kit.lab.figures import alarm_table, distances
+from fedlab_kit.lab.layout import halves, heading, page, status
+from fedlab_kit.lab.worker import Worker
 from fedlab_kit.settings import complaint
 
 TEXT = "Watch: run this notebook to see and use the bench for drift and alarm."
-Wish = tuple[str, Stream]
 
 
 class Watch:
@@ -37,8 +33,6 @@ class Watch:
         if site and site not in self.dataset.sites:
             raise ValueError(f"site must be one of {', '.join(self.dataset.sites)}, got {site!r}")
         self.alarms: list[Alarm] = []
-        self._news, self._working = Condition(), False
-        self._wish: Wish | None = None
         self.controls = Controls(stream or Stream())
         self.site = widgets.Dropdown(
             options=list(self.dataset.sites),
@@ -47,12 +41,12 @@ class Watch:
             tooltip="Whose patients come.",
             **KNOB,
         )
-        self.status, self.picture, self.table = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        knobs: list[Control] = list(self.controls.of(Stream).values())
+        self.status, self.chart, self.table = widgets.HTML(), Chart(), widgets.HTML()
+        knobs = list(self.controls.of(Stream).values())
         left = [heading("Stream", "answers at once"), self.site, *(knob.widget for knob in knobs), help_text(knobs)]
-        right = [self.picture, self.status, self.table]
-        self.widget = page([halves(left, right)])
-        self.controls.changed = lambda owner: self.ask()
+        self.widget = page([halves(left, [self.chart.box, self.status, self.table])])
+        self._worker = Worker(self._failed, daemon=True)
+        self.controls.changed = lambda owner, drag: self.ask()
         self.site.observe(lambda change: self.ask(), "value")
 
     @property
@@ -65,34 +59,18 @@ class Watch:
         if wrong := self.controls.wrong(Stream):
             self.status.value = status(f"Not watched: {wrong}.")
             return
-        with self._news:
-            self._wish = (self.site.value, self.stream)
-            self.status.value = status("Watching.")
-            if not self._working:
-                self._working = True
-                Thread(target=self._work, daemon=True).start()
+        self.status.value = status("Watching.")
+        self._worker.ask(partial(self._answer, self.site.value, self.stream), "stream")
         if block:
             self.wait()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is asked for any more, at most `timeout` seconds; whether that is so."""
-        with self._news:
-            return self._news.wait_for(lambda: not self._working, timeout)
+        return self._worker.wait(timeout)
 
-    def _work(self) -> None:
-        """Answer the newest wish until there is none."""
-        while True:
-            with self._news:
-                wish, self._wish = self._wish, None
-                if wish is None:
-                    self._working = False
-                    self._news.notify_all()
-                    return
-            try:
-                self._answer(*wish)
-            except Exception as error:  # a thread's traceback goes nowhere in a notebook
-                self.status.value = status(f"Error: {complaint(error)}")
-                self.controls.complain(complaint(error))
+    def _failed(self, error: Exception) -> None:
+        self.status.value = status(f"Error: {complaint(error)}")
+        self.controls.complain(error)
 
     def _answer(self, site: str, stream: Stream) -> None:
         known = self.dataset
@@ -103,13 +81,13 @@ class Watch:
         looks = drifts["inputs"].looks if drifts else []
         begin = stream.begin if stream.begin < stream.patients else None
         self.alarms = monitor.alarms
-        self.picture.value = to_html(distances(looks, begin), describe_distances(looks, begin))
+        self.chart.show(distances(looks, begin))
         self.table.value = alarm_table(self.alarms) if self.alarms else ""
         self.status.value = status(_said(self.alarms, begin, site))
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """Show the widgets; where none can be shown, one line that never changes, which notebook tests compare."""
-        if not self.picture.value:
+        if not self.table.value and not self.chart.picture.value:
             self.ask()
         return {**self.widget._repr_mimebundle_(**options), "text/plain": TEXT}
 
