@@ -7,7 +7,9 @@ from typing import Any
 
 import fedlab_kit as fk
 from benchmarks.harness import Row, fresh, mnist, parallel
+from fedlab_kit.arms import seeded
 from fedlab_kit.deployment import measure
+from fedlab_kit.statistics import mean_difference
 
 SEEDS = (1, 2, 3)
 RESNET = fk.Experiment(
@@ -30,15 +32,32 @@ def small() -> list[Row]:
 def masks() -> list[Row]:
     """cnn on MNIST, 100 IID clients, 60 rounds, 90 % of the weights masked by each schedule; test accuracy, 3 seeds."""
     mnist()
-    schedules = ("dense", "gradual", "one-shot", "dynamic", "fixed")
-    rows = parallel([("benchmarks.compress:masked", {"schedule": k, "seed": s}) for k in schedules for s in SEEDS])
-    return _spread(rows, "schedule", schedules)
+    schedules = ("gradual", "one-shot", "dynamic", "fixed")
+    arms = {"dense": CNN} | {name: CNN.replace(mask_ratio=0.9, mask_schedule=name) for name in schedules}
+    finding = fk.Study(arms, judge=SEEDS, contrast=("gradual", "fixed"), measure=tested).run()
+    rows = [
+        {
+            "schedule": name,
+            "test %": f"{100 * rows.value.mean():.2f} ± {100 * rows.value.std():.2f}",
+            "MB both ways": round(float((rows.uplink_bytes + rows.downlink_bytes).mean()) / 1e6, 1),
+        }
+        for name, rows in finding.table.groupby("arm", sort=False)
+    ]
+    return [*rows, {"schedule": str(finding)}]
 
 
 def bits() -> list[Row]:
     """mnist_5k, cnn, 80 rounds in all, 8 seeds: test accuracy in 4 and 2 bits after training, and with QAT."""
-    rows = parallel([("benchmarks.compress:few_bits", {"seed": seed}) for seed in range(1, 9)])
-    return [_points_lost(way, [row[way] for row in rows], [row["float"] for row in rows]) for way in rows[0]]
+    more = FEW.replace(start=FEW, rounds=20, lr=0.05)
+    arms = {way: (more, recipe) for way, recipe in AFTER.items()}
+    for way, changes in AWARE.items():
+        aware = more.replace(**changes)
+        arms[way] = aware, fk.Recipe(dtype=aware.qat, keep=aware.qat_keep)
+    study = fk.Study(arms, judge=range(1, 9), contrast=("int4", "float"), margin=-0.01, measure=tested)
+    finding = study.run()
+    tests = {way: list(rows.value) for way, rows in finding.table.groupby("arm", sort=False)}
+    tests["int2 on scales of least squared error"] = [_closest(fk.train(seeded(more, seed))) for seed in study.judge]
+    return [*(_points_lost(way, found, tests["float"]) for way, found in tests.items()), {"way": str(finding)}]
 
 
 def latency() -> list[Row]:
@@ -89,12 +108,9 @@ def shrink(model: str, seed: int) -> Row:
     }
 
 
-def masked(schedule: str, seed: int) -> Row:
-    """Train the cnn under one schedule and test it."""
-    settings: dict[str, Any] = {} if schedule == "dense" else {"mask_ratio": 0.9, "mask_schedule": schedule}
-    run = fk.train(CNN.replace(seed=seed, **settings))
-    megabytes = (run.uplink_bytes + run.downlink_bytes) / 1e6
-    return {"schedule": schedule, "seed": seed, "test": run.test()[0], "MB": megabytes}
+def tested(made: fk.Run | fk.Artifact) -> float:
+    """Open the test split, as nothing but exports and these tables does."""
+    return made.test()[0]
 
 
 FEW = fk.Experiment(dataset="mnist_5k", model="cnn", partition="iid", rounds=60, lr=0.1)
@@ -108,41 +124,28 @@ AWARE: dict[str, dict[str, Any]] = {
 }
 
 
-def few_bits(seed: int) -> dict[str, float]:
-    """Test accuracy of one seed's files, by the way each was made; every model has had 80 rounds."""
-    base = FEW.replace(seed=seed)
-    more = base.replace(start=base, rounds=20, lr=0.05)
-    plain, found = fk.train(more), {}
-    for name, recipe in {
-        "float": fk.Recipe(),
-        "int8": INT8,
-        "int4": fk.Recipe(dtype="int4"),
-        "int2": fk.Recipe(dtype="int2"),
-        "int2 with int8 ends": fk.Recipe(dtype="int2", keep="ends"),
-    }.items():
-        found[name] = fk.compress(plain, recipe).test()[0]
-    best = fk.compress(_closest(plain.model), fk.Recipe(), dataset=plain.dataset)
-    found["int2 on scales of least squared error"] = best.test()[0]
-    for name, changes in AWARE.items():
-        run = fk.train(more.replace(**changes))
-        recipe = fk.Recipe(dtype=run.experiment.qat, keep=run.experiment.qat_keep)
-        found[name] = fk.compress(run, recipe).test()[0]
-    return found
+AFTER = {
+    "float": fk.Recipe(),
+    "int8": INT8,
+    "int4": fk.Recipe(dtype="int4"),
+    "int2": fk.Recipe(dtype="int2"),
+    "int2 with int8 ends": fk.Recipe(dtype="int2", keep="ends"),
+}
 
 
-def _closest(model: Any) -> Any:
-    """Put each output channel on those two-bit values -2s, -s, 0, s that are closest to it in squared error."""
+def _closest(run: fk.Run) -> float:
+    """Put each output channel on those two-bit values -2s, -s, 0, s that are closest in squared error, and test it."""
     import torch
 
     with torch.no_grad():
-        for weight in (w for w in model.parameters() if w.ndim > 1):
+        for weight in (w for w in run.model.parameters() if w.ndim > 1):
             rows = weight.flatten(1)
             largest = rows.abs().amax(1, keepdim=True)
             tried = [sign * largest * part / 100 for part in range(20, 121) for sign in (1, -1)]
             values = torch.stack([(rows / s).round().clamp(-2, 1) * s for s in tried])
             best = (values - rows).square().sum(2).argmin(0)
             weight.copy_(values[best, torch.arange(len(rows))].view_as(weight))
-    return model
+    return tested(fk.compress(run.model, fk.Recipe(), dataset=run.dataset))
 
 
 def latencies() -> list[Row]:
@@ -217,25 +220,12 @@ def _mean(model: str, rows: list[Row]) -> Row:
     }
 
 
-def _spread(rows: list[Row], key: str, values: tuple[str, ...]) -> list[Row]:
-    result = []
-    for value in values:
-        tests = [row["test"] for row in rows if row[key] == value]
-        megabytes = mean(row["MB"] for row in rows if row[key] == value)
-        spread = f"{100 * mean(tests):.2f} ± {100 * stdev(tests):.2f}"
-        result.append({key: value, "test %": spread, "MB both ways": round(megabytes, 1)})
-    return result
-
-
 def _points_lost(way: str, tests: list[float], floats: list[float]) -> Row:
     """Mean test accuracy, and the points lost against the float file of the same seed, with Student's 95 % interval."""
-    from scipy.stats import t
-
-    lost = [100 * (b - a) for a, b in zip(tests, floats, strict=True)]
-    half = t.ppf(0.975, len(lost) - 1) * stdev(lost) / len(lost) ** 0.5
+    lost, low, high = (100 * share for share in mean_difference(floats, tests))
     return {
         "way": way,
         "test %": round(100 * mean(tests), 2),
-        "points lost": round(mean(lost), 2),
-        "95 % interval": f"{mean(lost) - half:.2f} to {mean(lost) + half:.2f}",
+        "points lost": round(lost, 2),
+        "95 % interval": f"{low:.2f} to {high:.2f}",
     }

@@ -17,7 +17,7 @@ from fedlab_kit.deployment.evaluate import pooled
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import start
 from fedlab_kit.federation.setup import Evaluation, task
-from fedlab_kit.site_tables import CLINICS, Moments, clinics, gather, heart_hospitals, wards
+from fedlab_kit.site_tables import CLINICS, Moments, clinics, heart_hospitals, rows_of, wards
 from fedlab_kit.statistics import wilson
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -140,8 +140,11 @@ def _flamby_split() -> fk.Dataset:
             stratify=hospital.y if counts.min() > 2 else None,
         )
         train.append(np.isin(np.arange(len(hospital.y)), rows))
-    held_out = [~rows for rows in train]
-    return replace(whole, train=gather(heart_hospitals(), train), test=gather(heart_hospitals(), held_out))
+    rows = np.concatenate(train)
+    learn, held_out = (
+        fk.Split(*(torch.from_numpy(values[part]) for values in rows_of(heart_hospitals()))) for part in (rows, ~rows)
+    )
+    return replace(whole, train=learn, test=held_out)
 
 
 def weakest() -> list[Row]:

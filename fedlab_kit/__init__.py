@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from fedlab_kit.deployment import score as score  # first of all: it silences onnxruntime before any import of that
 
 # isort: split
-from fedlab_kit import site_tables as site_tables  # registers its data sets
+from fedlab_kit import pneumonia as pneumonia  # these two register their data sets
+from fedlab_kit import site_tables as site_tables
 from fedlab_kit.catalog import dataset, model
 from fedlab_kit.data import Dataset, Preprocess, Split
 from fedlab_kit.deployment.artifact import Artifact, compress
@@ -14,8 +15,10 @@ from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab.exercises import check
 from fedlab_kit.lab.leaderboard import leaderboard
+from fedlab_kit.own_data import from_csv, from_folder, from_npz
 from fedlab_kit.run import Run
 from fedlab_kit.runs import find, rounds, train
+from fedlab_kit.study import Study
 from fedlab_kit.sweep import sweep
 from fedlab_kit.wire import Codec, codec
 
@@ -33,12 +36,16 @@ __all__ = [
     "RoundRecord",
     "Run",
     "Split",
+    "Study",
     "check",
     "choose",
     "codec",
     "compress",
     "dataset",
     "find",
+    "from_csv",
+    "from_folder",
+    "from_npz",
     "leaderboard",
     "model",
     "rounds",

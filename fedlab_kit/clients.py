@@ -8,14 +8,14 @@ from fedlab_kit.data import load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.federation.setup import strata
-from fedlab_kit.partition import label_counts, partition
+from fedlab_kit.partition import OWN, data_of, label_counts, shards_of
 from fedlab_kit.statistics import Z95
 
 
 def client_accuracy(experiment: Experiment, record: RoundRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return accuracy, low and high (95 %) per client, each [clients], after the round of a record.
 
-    Clients that are sites are measured on their site's validation samples. Elsewhere clients differ in their
+    Clients that are sites, or hands, are measured on their own validation samples. Elsewhere clients differ in their
     label mix alone, so the accuracies per class are weighted by the client's own mix (post-stratification):
     every validation sample counts for every client, and no client is judged on what it trained on.
 
@@ -45,11 +45,9 @@ def mean_over(mix: np.ndarray, correct: np.ndarray, total: np.ndarray) -> tuple[
 
 def client_mix(experiment: Experiment, count: int) -> np.ndarray:
     """Return the share of each of `count` classes (or sites) among each client's samples, [clients, count]."""
-    e, dataset = experiment, load(experiment.dataset)
-    if e.normalization == "own":
+    if experiment.normalization == "own" or experiment.partition in OWN:
         return np.eye(count)  # the strata are the clients themselves
-    shards = partition(dataset, e.partition, e.clients, e.alpha, e.seed)
-    held = label_counts(strata(e, dataset.train), shards, count).numpy()
+    held = label_counts(strata(experiment, data_of(experiment).train), shards_of(experiment), count).numpy()
     return held / held.sum(1, keepdims=True)
 
 

@@ -182,14 +182,13 @@ def load(name: str) -> Dataset:
     return _build(*stamp("dataset", name), name)
 
 
-def at_hand(experiment: Experiment) -> Dataset:
-    """Return an experiment's data set. ValueError when what its rounds need is missing: a split, or the device."""
+def check(experiment: Experiment) -> None:
+    """Raise ValueError when what an experiment's rounds need is missing: a split of its data set, or the device."""
     if experiment.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu on this machine: torch finds no GPU here, got 'cuda'")
     found = load(experiment.dataset)
     for split in ("train", "validation", *(["public"] if experiment.strategy == "feddf" else [])):
         found.filled(split)
-    return found
 
 
 @lru_cache(maxsize=4)

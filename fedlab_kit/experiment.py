@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from fedlab_kit.settings import Clash, Settings, knob
 
@@ -52,13 +53,16 @@ class Experiment(Settings):
     """How many clients hold data."""
     clients_per_round: int = knob(10, "Clients per round", "data", ge=1, span=(1, 50))
     """The cohort: clients sampled in one round."""
-    partition: Literal["iid", "dirichlet", "shards", "site"] = knob("dirichlet", "Partition", "data")
-    """How samples are dealt out: evenly (iid), with skewed labels (dirichlet), two labels or so per client (shards), or
-    as the data set's own sites hold them (site)."""
+    partition: Literal["iid", "dirichlet", "shards", "site", "hands"] = knob("dirichlet", "Partition", "data")
+    """How samples are dealt out: evenly (iid), with skewed labels (dirichlet), two labels or so per client (shards), as
+    the data set's own sites hold them (site), or evenly with every client writing its pictures in its own hand (hands):
+    turned, slanted, thick or thin, pale, cluttered."""
     alpha: float = knob(
         0.5, "Alpha", "data", gt=0, le=1000, span=(0.05, 100), log=True, when={"partition": ("dirichlet",)}
     )
     """Dirichlet concentration: 0.1 is very skewed, 100 is nearly even."""
+    missing: tuple[int, ...] = knob((), "Missing classes", "data")
+    """Classes, by number, of which no client has a training sample; validation and test keep theirs."""
     rounds: int = knob(20, "Rounds", "training", ge=1, le=100_000, span=(1, 50))
     """How often the server averages."""
     local_epochs: int = knob(1, "Local epochs", "training", ge=1, le=1000, span=(1, 10))
@@ -169,6 +173,14 @@ class Experiment(Settings):
     def _from_json(cls, value: Any, info: ValidationInfo) -> Any:
         kind = Recipe if info.field_name == "start_recipe" else Experiment
         return kind(**value) if isinstance(value, dict) else value
+
+    @field_validator("missing", mode="before")
+    @classmethod
+    def _in_order(cls, value: Any) -> Any:
+        """Take a list, as JSON has it, in any order: equal experiments are equal values."""
+        if not isinstance(value, list | tuple) or any(type(one) is not int or one < 0 for one in value):
+            raise PydanticCustomError("missing", "no classes")
+        return tuple(sorted(set(value)))
 
     @property
     def parents(self) -> tuple[Experiment, ...]:

@@ -20,7 +20,7 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat_model import FlatModel
 from fedlab_kit.federation.server import RoundRecord, answering, select
 from fedlab_kit.federation.setup import Task
-from fedlab_kit.partition import partition
+from fedlab_kit.partition import data_of, shards_of
 from fedlab_kit.store import RunFolder
 from fedlab_kit.wire.privacy import Privacy, Releases, outside, spent
 
@@ -92,13 +92,13 @@ class StoredRun:
 
     @property
     def dataset(self) -> Dataset:
-        """The data the run was trained on."""
-        return load(self.experiment.dataset)
+        """The data the run was trained on, as its clients have them."""
+        return data_of(self.experiment)
 
     @property
     def shards(self) -> list[Tensor]:
         """Each client's indices into `dataset.train`."""
-        return _shards(self.experiment)
+        return shards_of(self.experiment)
 
     def client_accuracy(self, record: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return accuracy, low and high (95 %) per client, each [clients], after one of the rounds."""
@@ -205,11 +205,6 @@ def status(experiment: Experiment, records: Sequence[RoundRecord]) -> str:
     return "finished" if len(records) >= experiment.rounds else "stopped"
 
 
-def _shards(experiment: Experiment) -> list[Tensor]:
-    e = experiment
-    return partition(load(e.dataset), e.partition, e.clients, e.alpha, e.seed)
-
-
 def _ledgers(experiment: Experiment, rounds: int) -> tuple[Collection[tuple[Releases, ...]], str]:
     """Return what was released about each client or sample, equal lists once; or () and why nothing bounds it."""
     level, parents = experiment.privacy, _ancestors(experiment)
@@ -240,7 +235,7 @@ def _ancestors(experiment: Experiment) -> list[Experiment]:
 def _held(experiment: Experiment, level: str) -> list[frozenset[object]]:
     """Return each client's samples, known by their raw values in any data set; at client level also a site's name."""
     x, names = load(experiment.dataset).train.x, client_names(experiment) if level == "client" else ()
-    rows = [(x[shard].flatten(1).float() + 0.0).numpy() for shard in _shards(experiment)]  # + 0.0: no -0.0
+    rows = [(x[shard].flatten(1).float() + 0.0).numpy() for shard in shards_of(experiment)]  # + 0.0: no -0.0
     return [frozenset([*(hash(row.tobytes()) for row in held), *names[c : c + 1]]) for c, held in enumerate(rows)]
 
 
@@ -250,6 +245,6 @@ def _releases(experiment: Experiment, rounds: int) -> list[Releases]:
     if e.privacy == "client":
         return [(e.noise_multiplier, e.clients_per_round / e.clients, rounds)] * e.clients
     sent = Counter(client for round in range(1, rounds + 1) for client in answering(e, round, select(e, round)))
-    sizes = [len(shard) for shard in _shards(e)]
+    sizes = [len(shard) for shard in shards_of(e)]
     steps = [-(-size // e.batch_size) * e.local_epochs * sent[client] for client, size in enumerate(sizes)]
     return [(e.noise_multiplier, min(1.0, e.batch_size / n), many) for n, many in zip(sizes, steps, strict=True)]

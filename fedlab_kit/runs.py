@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +23,11 @@ import torch
 from fedlab_kit import catalog, code_reading, identity
 from fedlab_kit.data import load
 from fedlab_kit.experiment import SCHEMA, Experiment
+from fedlab_kit.federation import setup
 from fedlab_kit.federation.flat_model import FlatModel
 from fedlab_kit.federation.rounds import Exchange, in_process, play
 from fedlab_kit.federation.server import RoundRecord, ServerState, start
-from fedlab_kit.federation.setup import Parents, task
+from fedlab_kit.federation.setup import Parents
 from fedlab_kit.files import ROOT, at, spare_folder
 from fedlab_kit.models import build
 from fedlab_kit.run import Run, StoredRun, status
@@ -88,16 +90,16 @@ def execute(
     engine = "in process" if exchange is in_process else "flower"
     parents = parents_of(experiment, stop, store, exchange)
     with folder.locked(stop):
-        job = task(experiment, parents)
-        state, records = folder.load(job)
+        task = setup.task(experiment, parents)
+        state, records = folder.load(task)
         over = status(experiment, records) != "stopped"
         if not over and folder.out_of_reach(engine):
-            state, records = start(job), []
+            state, records = start(task), []
         for record in records:
             tell(record)
         if not over:
             folder.prepare(state, records, engine)
-            for latest, record in play(state, folder.clients, stop, exchange):
+            for latest, record in play(replace(state, copies=folder.copies), folder.clients, stop, exchange):
                 state = latest
                 folder.commit(state, record)  # before it is told
                 records.append(record)
@@ -127,10 +129,10 @@ def rounds(experiment: Experiment, stop: Event | None = None) -> Iterator[RoundR
     """
     _place(experiment, None)  # has the catalog look at what a user has edited
     try:
-        job = task(experiment, parents_of(experiment, stop))
+        task = setup.task(experiment, parents_of(experiment, stop))
     except TimeoutError:  # stopped while a parent was trained
         return
-    for _, record in play(start(job), {}, stop):
+    for _, record in play(start(task), {}, stop):
         yield record
 
 
@@ -157,8 +159,8 @@ def _outcome(run: Run) -> FlatModel:
 def _run(
     folder: RunFolder, state: ServerState, records: Sequence[RoundRecord], from_store: bool, unstored: str = ""
 ) -> Run:
-    model, job = (state.weights.cpu(), state.state), state.task.apart()
-    return Run(job.experiment, folder.path, tuple(records), folder.measured(), from_store, *model, job, unstored)
+    model, task = (state.weights.cpu(), state.state), state.task.apart()
+    return Run(task.experiment, folder.path, tuple(records), folder.measured(), from_store, *model, task, unstored)
 
 
 def find(experiment: Experiment) -> Run | None:
@@ -166,7 +168,7 @@ def find(experiment: Experiment) -> Run | None:
     folder, unstored = _place(experiment, None)
     if unstored or not folder.path.exists():
         return None
-    state, records = folder.load(task(experiment, parents_of(experiment)))
+    state, records = folder.load(setup.task(experiment, parents_of(experiment)))
     return None if status(experiment, records) == "stopped" else _run(folder, state, records, True)
 
 

@@ -102,6 +102,7 @@ class Settings(BaseModel):
 
 _LIMITS = {"Ge": ("at least", "ge"), "Gt": ("above", "gt"), "Le": ("at most", "le"), "Lt": ("below", "lt")}
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+_KINDS[tuple[int, ...]] = "numbers of classes, such as (3,)"
 
 
 def _wrong(owner: type[Settings], error: ValidationError) -> FieldError:

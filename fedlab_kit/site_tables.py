@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -23,23 +24,42 @@ if TYPE_CHECKING:
 FEWEST = 8
 """Patients that a hospital must have to be split in four."""
 
+MISSING = frozenset({"", "?", "nan", "NaN", "NA", "N/A", "null", "None", "<NA>"})
+"""What stands in a cell of text whose value is missing."""
+
 
 @dataclass(frozen=True)
 class Column:
     """One column of a hospital's table: numbers from `low` to `high`, or one of `kinds` (categories).
 
-    A column of kinds becomes an indicator for each kind but the first.
+    A column of kinds (whole numbers, or words) becomes an indicator for each kind but the first.
     """
 
     name: str
     low: float
     high: float
-    kinds: tuple[int, ...] = ()
+    kinds: tuple[int, ...] | tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, cells: Series) -> Column:
+        """Return the column that these cells make: numbers where all that are there are, else at most 20 words."""
+        import pandas
+
+        known, largest = cells[~cells.isin(MISSING)], float(np.finfo(np.float32).max)
+        words = known[pandas.to_numeric(known, errors="coerce").isna()]
+        kinds = sorted(set(known)) if len(words) else []
+        if len(kinds) > min(20, len(cells) // 2):
+            example = f"{len(kinds)} different ones such as {words.iloc[0]!r}"
+            raise DataError(f"column {name!r} must hold numbers or few words, it holds {example}: mend or drop it")
+        return cls(name, -largest, largest, tuple(kinds))
 
 
 @dataclass(frozen=True)
 class Schema:
-    """The columns that every hospital must have, and the one that holds the label: above 0 is a positive case."""
+    """The columns that every hospital must have, and the one that holds the label.
+
+    A label above 0 is a positive case; the place of a label with kinds among them is the number of its class.
+    """
 
     columns: tuple[Column, ...]
     label: Column
@@ -53,7 +73,7 @@ class Schema:
 
 @dataclass(frozen=True, eq=False)
 class Hospital:
-    """One hospital's patients: raw `x` float64 [n, d], labels `y` int64 [n] of 0 and 1.
+    """One hospital's patients: raw `x` float64 [n, d], labels `y` int64 [n], the numbers of their classes.
 
     `left_out` counts the rows that could not be used, by reason.
     """
@@ -78,8 +98,15 @@ class Moments:
 
     @classmethod
     def of(cls, x: np.ndarray) -> Moments:
-        """Count and add up the rows of `x` [n, d], each sum correctly rounded: no machine and no order changes it."""
-        wide = np.asarray(x, np.float64)
+        """Count and add up the rows of `x` [n, d], each sum correctly rounded: no machine and no order changes it.
+
+        Of pictures [n, d, h, w] every pixel is a row, its channels are what is added up.
+        """
+        rows = np.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
+        if rows.dtype == np.uint8:  # in whole numbers, which are as exact and much faster
+            squares = np.square(rows, dtype=np.uint16)
+            return cls(len(rows), rows.sum(0, dtype=np.int64), squares.sum(0, dtype=np.int64))
+        wide = np.asarray(rows, np.float64)
         sums, squares = (np.array([math.fsum(column) for column in values.T]) for values in (wide, wide**2))
         return cls(len(wide), sums, squares)
 
@@ -98,16 +125,19 @@ class Moments:
 def admit(name: str, table: DataFrame, schema: Schema) -> Hospital:
     """Check and encode one hospital's table of text or numbers.
 
-    A row with a missing value ("?" or nothing), a value that is no number, or one outside its column's range is left
+    A row with a missing value (see `MISSING`), a value that is no number, or one outside its column's range is left
     out and counted. Raises DataError for a missing or renamed column, and when fewer than 8 rows are left.
     """
     import pandas
 
-    _check_columns(name, list(map(str, table.columns)), schema)
     wanted = (*schema.columns, schema.label)
+    check_columns(f"site {name!r}", list(map(str, table.columns)), [column.name for column in wanted])
     text = pandas.DataFrame({c.name: table[c.name].astype(str).str.strip() for c in wanted})
-    missing = text.isin(["?", "", "nan", "NaN", "None", "<NA>"])
+    missing = text.isin(MISSING)
     numbers = text.apply(pandas.to_numeric, errors="coerce")
+    for column in wanted:
+        if isinstance(next(iter(column.kinds), None), str):
+            numbers[column.name] = text[column.name]  # words stay words
     outside = pandas.DataFrame({c.name: _outside(numbers[c.name], c) for c in wanted})
     reasons = {"missing value": missing, "not a number": numbers.isna(), "out of range": outside}
     good, left_out = pandas.Series(True, table.index), {}
@@ -116,9 +146,11 @@ def admit(name: str, table: DataFrame, schema: Schema) -> Hospital:
         good, left_out[reason] = good & ~rows, int(rows.sum())
     if good.sum() < FEWEST:
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise DataError(f"hospital {name!r} must have at least {FEWEST} usable rows, got {good.sum()} ({counts})")
+        raise DataError(f"site {name!r} must have at least {FEWEST} usable rows, got {good.sum()} ({counts})")
     kept = numbers[good]
-    return Hospital(name, _encode(kept, schema), (kept[schema.label.name] > 0).to_numpy(np.int64), left_out)
+    labels, kinds = kept[schema.label.name], schema.label.kinds
+    y = labels.map({kind: number for number, kind in enumerate(kinds)}) if kinds else labels > 0
+    return Hospital(name, _encode(kept, schema), y.to_numpy(np.int64), left_out)
 
 
 def admit_all(tables: Mapping[str, DataFrame], schema: Schema) -> list[Hospital]:
@@ -133,7 +165,7 @@ def admit_all(tables: Mapping[str, DataFrame], schema: Schema) -> list[Hospital]
         except DataError as error:
             warnings.warn(f"left out: {error}", stacklevel=2)
     if not hospitals:
-        raise DataError(f"none of the {len(tables)} hospitals could be admitted")
+        raise DataError(f"none of the {len(tables)} sites could be admitted")
     return hospitals
 
 
@@ -154,21 +186,43 @@ def assemble(
     for hospital in hospitals:
         ends = np.floor(np.cumsum(shares) * len(hospital.y) + 1e-9).astype(int)
         parts.append(stratified(hospital.y, np.diff(ends, prepend=0, append=len(hospital.y)), rng))
-    moments = [Moments.of(h.x[part == 0].astype(np.float32)) for h, part in zip(hospitals, parts, strict=True)]
-    merged = sum(moments[1:], moments[0])
-    train, validation, public, test = (
-        gather(hospitals, [part == number for part in parts]) for number in range(len(SPLITS))
-    )
+    x, y, site = rows_of(hospitals)
     sites = tuple(hospital.name for hospital in hospitals)
-    return Dataset(name, classes, train, validation, public, test, merged.preprocess(), sites, features)
+    return joined(name, classes, x, y, np.concatenate(parts), features, sites, site)
 
 
-def gather(hospitals: Sequence[Hospital], rows: Sequence[np.ndarray]) -> Split:
-    """Return one split made of some `rows` (bool [n]) of each hospital."""
-    x = np.concatenate([h.x[row] for h, row in zip(hospitals, rows, strict=True)]).astype(np.float32)
-    y = np.concatenate([h.y[row] for h, row in zip(hospitals, rows, strict=True)])
-    site = np.repeat(np.arange(len(hospitals)), [row.sum() for row in rows])
-    return Split(torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(site))
+def rows_of(hospitals: Sequence[Hospital]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return float32 x [n, d], y [n] and the site [n] of all patients, hospital after hospital."""
+    x, y = np.concatenate([h.x for h in hospitals]), np.concatenate([h.y for h in hospitals])
+    return x.astype(np.float32), y, np.repeat(np.arange(len(hospitals)), [len(h.y) for h in hospitals])
+
+
+def joined(
+    name: str,
+    classes: tuple[str, ...],
+    x: np.ndarray,
+    y: np.ndarray,
+    part: np.ndarray,
+    features: tuple[str, ...] = (),
+    sites: tuple[str, ...] = (),
+    site: np.ndarray | None = None,
+) -> Dataset:
+    """Make a data set of samples whose split is the place `part` [n] in `SPLITS`; -1 is left out.
+
+    Raises DataError when there is nothing to learn from, and warns of a class that nobody can learn.
+    """
+    if len(classes) < 2 or not (part == 0).any():
+        raise DataError(f"there must be two classes and samples to learn from, got {len(y)} of {', '.join(classes)}")
+    if unseen := [label for number, label in enumerate(classes) if number not in y[part == 0]]:
+        warnings.warn(f"dataset {name!r}: train has no sample of {', '.join(unseen)}", stacklevel=2)
+    train, validation, public, test = (
+        Split(*(torch.from_numpy(values[part == number]) for values in (x, y, site) if values is not None))
+        for number in range(len(SPLITS))
+    )
+    plain = Dataset(name, classes, train, validation, public, test, Preprocess(0.0, 1.0), sites, features)
+    groups = [part == 0] if site is None else [(part == 0) & (site == number) for number in range(len(sites))]
+    moments = [Moments.of(x[group]) for group in groups]
+    return replace(plain, preprocess=sum(moments[1:], moments[0]).preprocess())
 
 
 def stratified(y: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -185,14 +239,49 @@ def stratified(y: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np
     return part
 
 
-def _check_columns(name: str, found: list[str], schema: Schema) -> None:
-    wanted = [column.name for column in (*schema.columns, schema.label)]
+def deal(
+    x: np.ndarray,
+    y: np.ndarray,
+    part: np.ndarray,
+    shares: tuple[float, float, float],
+    seed: int,
+    site: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the split of each sample, its place in `SPLITS` [n], or -1: no two splits hold samples that are equal.
+
+    `part` [n] is the split that is given. A split that none is given gets its share of those given to train, by site
+    and class; `shares` are those of train, validation and public, the rest is that of test. Samples that are equal go
+    together. One that is given to two splits stays in the last, left out (-1) of the other. A warning counts both.
+    """
+    if len(shares) != 3 or min(shares) < 0 or not 0 < shares[0] <= sum(shares) <= 1 + 1e-9:
+        raise ValueError(f"shares must be three, of train (above 0), validation and public, 1 at most, got {shares}")
+    seen: dict[bytes, int] = {}
+    first = np.array([seen.setdefault(hashlib.sha256(row.tobytes()).digest(), n) for n, row in enumerate(x)])
+    last = part.copy()
+    np.maximum.at(last, first, part)
+    given, copy = last[first], first != np.arange(len(x))
+    free = [number for number in range(len(SPLITS)) if number == 0 or number not in part]
+    ends = np.cumsum(np.array([*shares, 1 - sum(shares)])[free])
+    dealt, rng = given.copy(), np.random.default_rng(seed)
+    for group in [part == 0] if site is None else [site == one for one in np.unique(site)]:
+        if len(rows := np.flatnonzero(group & (given == 0) & ~copy)):
+            sizes = np.diff(np.floor(ends / ends[-1] * len(rows) + 1e-9).astype(int), prepend=0)
+            dealt[rows] = np.array(free)[stratified(y[rows], sizes, rng)]
+    together, out = (copy & (given == 0) & (len(free) > 1)).sum(), (part < given).sum()
+    if together or out:
+        counts = f"{together} equal another and go with it, {out} are left out of one split as they are in another"
+        warnings.warn(f"no sample may be in two splits: {counts}", stacklevel=2)
+    return np.where(part < given, -1, dealt[first])
+
+
+def check_columns(where: str, found: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise DataError when a table lacks one of the wanted columns, with the name that it may have instead."""
     for column in wanted:
         if column not in found:
             others = {other.lower(): other for other in found if other not in wanted}
             near = get_close_matches(column.lower(), others, n=1)
             hint = f"is {others[near[0]]!r} it, renamed?" if near else f"it has {', '.join(found)}"
-            raise DataError(f"hospital {name!r} lacks the column {column!r}; {hint}")
+            raise DataError(f"{where} lacks the column {column!r}; {hint}")
 
 
 def _outside(values: Series, column: Column) -> Series:

@@ -1,7 +1,8 @@
 """The folder of one run, and how a round is written to it so that a kill at any moment leaves the last whole round.
 
 A folder holds `experiment.json` (what was asked; where, when and how long it ran), `records.jsonl` (one line a round),
-`state.safetensors` (all that the server remembers) and `clients/` (what each client keeps). The state is renamed
+`state.safetensors` (what the server remembers), `clients/` (what each client keeps) and `copies/` (what the server
+knows each to hold, which sends differences). The state is renamed
 into place last: it makes the round count. It carries the digests of the records up to its round and of every client's
 file, so that a flipped bit or a lost file is found when it is read, and said, never trained on. A round that was told
 is on the disk.
@@ -50,7 +51,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = at(path)
-        self.clients = ClientFiles(self.path / "clients")
+        self.clients, self.copies = ClientFiles(self.path / "clients"), ClientFiles(self.path / "copies")
         self.state, self.log = self.path / "state.safetensors", self.path / "records.jsonl"
         self._digest = hashlib.sha256()  # of the records so far
 
@@ -69,7 +70,7 @@ class RunFolder:
             while True:
                 try:
                     with lock:
-                        for folder in (self.path, self.clients.folder, self.path / "artifacts"):
+                        for folder in (self.path, self.clients.folder, self.copies.folder, self.path / "artifacts"):
                             sweep_up(folder)
                         yield
                     return
@@ -77,25 +78,26 @@ class RunFolder:
                     if stop is not None and stop.is_set():
                         raise TimeoutError(f"{self.path} is in use by another notebook") from None
 
-    def load(self, job: Task) -> tuple[ServerState, list[RoundRecord]]:
+    def load(self, task: Task) -> tuple[ServerState, list[RoundRecord]]:
         """Return the state and the records of the last whole round, or the start. Raises StoreError when damaged."""
         if not self._counts():
-            return start(job), []
+            return start(task), []
         tensors, about = read_tensors(self.state)
         records = self._records_of(about)
         if not records:
-            return start(job), []
+            return start(task), []
         self.about()
         try:
             self.clients.expect(about.get("clients"))
+            self.copies.expect(about.get("copies"))
         except StoreError:
             if read_about(self.state) == about:  # nobody has finished another round since
                 raise
-            return self.load(job)
-        tensors = {name: tensor.to(job.experiment.device) for name, tensor in tensors.items()}
+            return self.load(task)
+        tensors = {name: tensor.to(task.experiment.device) for name, tensor in tensors.items()}
         if (weights := tensors.pop("weights", None)) is None:
             raise damaged(self.state, "the weights are gone")
-        return replace(start(job), round=len(records), weights=weights, optimizer=tensors), records
+        return replace(start(task), round=len(records), weights=weights, optimizer=tensors), records
 
     def whole(self) -> list[RoundRecord]:
         """Return the records of the whole rounds. Raises StoreError when they are not those that were written."""
@@ -166,11 +168,12 @@ class RunFolder:
     def prepare(self, state: ServerState, records: list[RoundRecord], engine: str) -> None:
         """Do away with whatever a kill left behind the last whole round; without one, begin with a state of none."""
         if not records:
-            self._digest, self.clients.kept = hashlib.sha256(), {}
+            self._digest, self.clients.kept, self.copies.kept = hashlib.sha256(), {}, {}
             self._count(state)
         if self.log.exists():
             write_bytes(self.log, b"".join(self._lines()[: len(records)]))
         self.clients.rewind()
+        self.copies.rewind()
         self.describe(state.experiment, records, engine)
 
     def commit(self, state: ServerState, record: RoundRecord) -> None:
@@ -180,13 +183,14 @@ class RunFolder:
         with writing(self.log), self.log.open("ab") as file:
             file.write(line)
         to_disk(self.log)
-        replaced = self.clients.write(state.round)
+        replaced = [*self.clients.write(state.round), *self.copies.write(state.round)]
         self._count(state)
         for path in replaced:
             path.unlink(missing_ok=True)
 
     def _count(self, state: ServerState) -> None:
-        about = {"round": f"{state.round}", "records": self._digest.hexdigest(), "clients": self.clients.manifest()}
+        about = {"round": f"{state.round}", "records": self._digest.hexdigest()}
+        about |= {"clients": self.clients.manifest(), "copies": self.copies.manifest()}
         write_tensors(self.state, {"weights": state.weights, **state.optimizer}, about)
 
     def describe(self, experiment: Experiment, records: list[RoundRecord], engine: str) -> None:

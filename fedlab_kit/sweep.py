@@ -12,16 +12,18 @@ from contextlib import suppress
 from functools import lru_cache
 from itertools import product
 from math import nan
+from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from fedlab_kit import catalog
 from fedlab_kit.data import Dataset
-from fedlab_kit.deployment.artifact import Artifact, compress, recall, slug
-from fedlab_kit.deployment.selection import pareto
+from fedlab_kit.deployment.artifact import Artifact, compress, load, recall, slug
+from fedlab_kit.deployment.selection import front_share, pareto
 from fedlab_kit.deployment.subject import Subject, subject_of
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import ROOT, StoreError
@@ -29,6 +31,7 @@ from fedlab_kit.run import Run
 from fedlab_kit.runs import execute as train  # whose warning is given here
 from fedlab_kit.runs import find, parts
 from fedlab_kit.settings import Clash, complaint
+from fedlab_kit.statistics import FEWEST_SEEDS, crossed_loss
 
 if TYPE_CHECKING:
     import pandas
@@ -146,7 +149,20 @@ def built_in(experiment: Experiment) -> bool:
     return all(map(catalog.is_built_in, parts(experiment))) and all(map(built_in, experiment.parents))
 
 
-MEASURED = ("accuracy", "bytes", "zstd_bytes", "latency_ms", "throughput", "sparsity", "parameters", "note")
+MEASURED = (
+    "accuracy",
+    "missing_recall",
+    "lost",
+    "changed",
+    "bytes",
+    "zstd_bytes",
+    "latency_ms",
+    "throughput",
+    "sparsity",
+    "parameters",
+    "note",
+)
+ENDS = ("low", "high", "lost_low", "lost_high")
 TRAFFIC = ("uplink_bytes", "downlink_bytes")
 
 
@@ -163,9 +179,10 @@ def sweep(
     Fields belong to Experiment or Recipe; what the grid does not name comes from `experiment` and `recipe`, which is
     the uncompressed fp32 file if none is given: a sweep over train fields alone has a row, and a file, for each run.
     Rows hold the grid's fields, what was measured on the artifact (accuracy on the validation split with `low` and
-    `high`), `uplink_bytes` and `downlink_bytes` of the run, `seconds` of training, `path`, and `front`: whether no
-    other point is both smaller (zstd) and as accurate. A point that cannot be had, because its run failed or diverged
-    or its model does not allow the recipe, has a `note` that says so and NaN for what was not measured.
+    `high`, and `missing_recall` of the classes that no client holds, NaN where all are held), `uplink_bytes` and
+    `downlink_bytes` of the run, `seconds` of training, `path`, and `front`: whether no other point is both smaller
+    (zstd) and as accurate. A point that cannot be had, because its run failed or diverged or its model does not allow
+    the recipe, has a `note` that says so and NaN for what was not measured.
 
     In the place of an experiment may stand a trained module of one's own, with its `dataset`, see `compress`: the grid
     then names fields of Recipe alone, and what training took is NaN.
@@ -187,16 +204,22 @@ def sweep(
 
     model = experiment.model if isinstance(experiment, Experiment) else type(experiment).__name__
     rows: list[dict[str, Any]] = []
+    right: list[np.ndarray | None] = []
     for what, how, values in points:
         if (stop is not None and stop.is_set()) or (ready := made(what)) is None:
             break
-        rows.append({**values, **measure_point(ready, how, str(values.get("model", model)))})
+        artifact, figures = measure_point(ready, how, str(values.get("model", model)))
+        right.append(None if artifact is None else artifact.answers == artifact.dataset.filled("validation").y.numpy())
+        rows.append({**values, **figures})
         tell(len(rows), len(points), "points measured")
-    return _with_front(pandas.DataFrame(rows))
+    table = _with_front(pandas.DataFrame(rows))
+    return table.assign(front_share=front_share(table["zstd_bytes"], right)) if len(table) else table
 
 
-def measure_point(what: Run | Subject | Exception, recipe: Recipe, model: str) -> dict[str, Any]:
-    """Return the row of a point, measured now or before; what cannot be measured is NaN, and `note` says why."""
+def measure_point(
+    what: Run | Subject | Exception, recipe: Recipe, model: str
+) -> tuple[Artifact | None, dict[str, Any]]:
+    """Return a point's file and row, measured now or before; what cannot be is NaN, and `note` says why."""
     run = what if isinstance(what, Run) else None
     training = {name: getattr(run, name, nan) for name in TRAFFIC} | {
         "seconds": run.measured["seconds"] if run else nan
@@ -206,22 +229,23 @@ def measure_point(what: Run | Subject | Exception, recipe: Recipe, model: str) -
             raise what
         if run and run.status == "diverged":
             raise ValueError(run.note)
-        artifact = _known(what, recipe) or compress(what, recipe)
+        artifact = artifact_of(what, recipe)
     except Exception as error:  # whatever it was, the other points are worth their measurement
         why = f"{model} as {slug(recipe).replace('-', ' ')}: {complaint(error)}"
-        return {**dict.fromkeys((*MEASURED, "low", "high"), nan), **training, "path": None, "note": why}
-    measured = {name: getattr(artifact, name) for name in MEASURED}
-    low, high = artifact.interval
-    return {**measured, "low": low, "high": high, **training, "path": artifact.path}
+        return None, {**dict.fromkeys((*MEASURED, *ENDS), nan), **training, "path": None, "note": why}
+    measured = {name: nan if (value := getattr(artifact, name)) is None else value for name in MEASURED}
+    ends = dict(zip(ENDS, artifact.interval + artifact.lost_interval, strict=True))
+    return artifact, {**measured, **ends, **training, "path": artifact.path}
 
 
-def _known(what: Run | Subject, recipe: Recipe) -> Artifact | None:
-    """Return the artifact that was made before, if it is whole."""
+def artifact_of(what: Run | Subject, recipe: Recipe) -> Artifact:
+    """Return the artifact that was made before, if it is whole, else make it. Raises what `compress` raises."""
     try:
-        return recall(what, recipe)
+        known = recall(what, recipe)
     except StoreError as error:
         warnings.warn(f"{error}; it is made again", stacklevel=4)
-        return None
+        known = None
+    return known or compress(what, recipe)
 
 
 def _with_front(table: pandas.DataFrame) -> pandas.DataFrame:
@@ -232,17 +256,23 @@ def _with_front(table: pandas.DataFrame) -> pandas.DataFrame:
 def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
     """Return what a table says on average over a column of the grid, usually the seed, and how far it spreads.
 
-    Points that differ in that column alone become one row: the mean of `accuracy`, of sizes, latency, traffic and
+    Points that differ in that column alone become one row: the mean of `accuracy`, recall, sizes, latency, traffic and
     seconds; `accuracy_sd`, the standard deviation; `low` and `high`, the smallest and the largest accuracy, which
-    plots draw as bars; `points`, how many there were; and `front` among the means. Points without an accuracy are left
-    out. Raises ValueError when the table was not swept over that column.
+    plots draw as bars; `points`, how many there were; and `front` among the means. `lost` has the 95 % interval
+    `lost_low` to `lost_high` over other seeds and other samples (`statistics.crossed_loss`), NaN below eight points:
+    fewer cannot say what holds for others. Points without an accuracy are left out. Raises ValueError when the table
+    was not swept over that column.
     """
     if over not in table.columns:
         raise ValueError(f"over must be a column of the table ({', '.join(table.columns)}), got {over!r}")
-    made = {*MEASURED, *TRAFFIC, "low", "high", "seconds", "path", "front", over}
+    made = {*MEASURED, *TRAFFIC, *ENDS, "seconds", "path", "front", "front_share", over}
     kept = [name for name in table.columns if name not in made]
-    averaged = {name: (name, "mean") for name in ("bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")}
+    averaged = {
+        name: (name, "mean")
+        for name in ("missing_recall", "lost", "bytes", "zstd_bytes", "latency_ms", *TRAFFIC, "seconds")
+    }
     grouped = table.dropna(subset="accuracy").assign(_all=0).groupby([*kept, "_all"], sort=False, dropna=False)
+    seeds = [_lost_over(paths) for _, paths in grouped["path"]]
     means = grouped.agg(
         accuracy=("accuracy", "mean"),
         accuracy_sd=("accuracy", "std"),
@@ -251,7 +281,19 @@ def spread(table: pandas.DataFrame, over: str = "seed") -> pandas.DataFrame:
         points=("accuracy", "size"),
         **averaged,
     )
+    means["lost_low"], means["lost_high"] = zip(*seeds, strict=True) if seeds else ((), ())
     return _with_front(means.reset_index().drop(columns="_all"))
+
+
+def _lost_over(paths: Iterable[Path]) -> tuple[float, float]:
+    """Return the interval of what got lost, in points, over seeds and samples; the files are one for each seed."""
+    if len(files := list(paths)) < FEWEST_SEEDS:
+        return nan, nan
+    found = [load(path) for path in files]
+    truth = found[0].dataset.filled("validation").y.numpy()
+    before, after = (np.stack([getattr(one, whose) == truth for one in found]) for whose in ("baseline", "answers"))
+    _, low, high = crossed_loss(before, after)
+    return 100 * low, 100 * high
 
 
 def _points(
@@ -268,7 +310,7 @@ def _points(
     if unknown := [name for name in grid if name not in allowed]:
         owners = "Experiment or Recipe" if known else "Recipe alone for a module of one's own"
         raise ValueError(f"grid must name fields of {owners}, got {unknown[0]!r}")
-    values_of = {name: _values(name, grid[name]) for name in sorted(grid, key=lambda name: name in after)}
+    values_of = {name: listed("grid", name, grid[name]) for name in sorted(grid, key=lambda name: name in after)}
     base = start if isinstance(start, Experiment) else subject_of(start, dataset=dataset)
     points: list[tuple[Experiment | Subject | Exception, Recipe, dict[str, Any]]] = []
     for combination in product(*values_of.values()):
@@ -282,10 +324,13 @@ def _points(
     return points
 
 
-def _values(name: str, given: Any) -> list[Any]:
-    """Return a field's values as a list, numbers of numpy's, as `np.linspace` gives, as Python's."""
+def listed(owner: str, name: str, given: Any) -> list[Any]:
+    """Return a field's values as a list, numbers of numpy's, as `np.linspace` gives, as Python's.
+
+    ValueError, on behalf of the `owner` argument, where they are no list or none.
+    """
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise ValueError(f"grid must give a list of values for {name}, got {given!r}")
+        raise ValueError(f"{owner} must give a list of values for {name}, got {given!r}")
     if not (values := [value.item() if hasattr(value, "item") else value for value in given]):
-        raise ValueError(f"grid must give at least one value for {name}, got none")
+        raise ValueError(f"{owner} must give at least one value for {name}, got none")
     return values

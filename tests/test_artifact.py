@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import zstandard
@@ -22,6 +23,7 @@ from fedlab_kit.data import Preprocess
 from fedlab_kit.deployment import artifact as artifact_module
 from fedlab_kit.deployment import convert, measure, onnx_export, static
 from fedlab_kit.deployment.artifact import compress, load, slug
+from fedlab_kit.statistics import paired_loss
 
 RECIPES = [
     fk.Recipe(),
@@ -46,7 +48,7 @@ def stand_in(run: fk.Run, model: nn.Module) -> Any:
     """A run with another model."""
     names = ("experiment", "dataset", "shards", "records", "uplink_bytes", "downlink_bytes", "privacy")
     same = {name: getattr(run, name) for name in names}
-    return SimpleNamespace(model=model.eval(), key="0" * 20, path=None, **same)
+    return SimpleNamespace(model=model.eval(), key="0" * 20, path=run.path.with_name("0" * 20), **same)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=slug)
@@ -242,6 +244,32 @@ def test_weights_that_a_dtype_cannot_hold_are_named(run: fk.Run, tmp_path: Path)
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["measured"]["note"] == half.note
     for recipe in (fk.Recipe(dtype="int4"), fk.Recipe(dtype="int2"), fk.Recipe(dtype="int8", quantization="dynamic")):
         assert not compress(stand_in(run, model), recipe, tmp_path).note
+
+
+def test_what_a_file_lost_is_counted_on_the_same_pictures(run: fk.Run, tmp_path: Path) -> None:
+    def right(artifact: fk.Artifact) -> tuple[np.ndarray, np.ndarray]:
+        x, y = run.dataset.validation.x.numpy(), run.dataset.validation.y.numpy()
+        classes = onnxruntime.InferenceSession(artifact.path).run(None, {"x": x})[0].argmax(1)
+        return classes, classes == y
+
+    low = compress(run, fk.Recipe(dtype="int2", prune="weight", prune_ratio=0.5), tmp_path)  # makes its baseline itself
+    plain = compress(run, fk.Recipe(), tmp_path)
+    (before, was), (after, still) = right(plain), right(low)
+    assert low.changed == (before != after).sum() > 0
+    assert low.lost == pytest.approx(100 * (was.mean() - still.mean())) != 0
+    assert low.lost_interval == pytest.approx([100 * end for end in paired_loss(was, still)[1:3]])
+    assert np.array_equal(low.answers, after) and np.array_equal(load(low.path).answers, after)
+    assert (plain.lost, plain.changed) == (0, 0) and plain.lost_interval[0] == -plain.lost_interval[1]
+    assert compress(run, fk.Recipe(prune="channel"), tmp_path).lost == 0  # nothing is pruned at a ratio of 0
+    [row] = fk.sweep(EXPERIMENT, {"dtype": ["int2"]}, fk.Recipe(prune_ratio=0.5)).to_dict("records")
+    assert [row[name] for name in ("lost", "lost_low", "lost_high")] == [low.lost, *low.lost_interval]
+
+
+def test_the_baseline_is_that_of_the_weights_in_the_model(run: fk.Run, tmp_path: Path) -> None:
+    compress(run, fk.Recipe())  # the run's own baseline is stored
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    half = compress(stand_in(run, model), fk.Recipe(dtype="fp16"), tmp_path)
+    assert half.changed <= 2 and abs(half.lost) <= 2  # beside the run's own model nearly all answers would differ
 
 
 def test_channel_pruning_without_channels_says_so(run: fk.Run, tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ def test_lookup_lists_what_exists() -> None:
         catalog.lookup("model", "resnet50")
     message = str(error.value)
     assert message.startswith("model must be one of ") and message.endswith("got 'resnet50'")
-    assert {"2nn", "cnn", "logistic", "mlp", "resnet", "student"} <= set(message[21:].replace(",", "").split())
+    assert {"2nn", "cnn", "half_mlp", "logistic", "mlp", "resnet", "student"} <= set(
+        message[21:].replace(",", "").split()
+    )
     assert "\n" not in message
 
 

@@ -120,7 +120,15 @@ def test_preparing_what_cannot_be_built_says_nothing_yet():
     assert settle(compressor).status == NO_RUN
 
 
-FIGURES = {**dict.fromkeys(MEASURED, 0.5), "bytes": 1000, "zstd_bytes": 1000, "interval": [0.4, 0.6], "note": ""}
+FIGURES = {
+    **dict.fromkeys(MEASURED, 0.5),
+    "bytes": 1000,
+    "zstd_bytes": 1000,
+    "interval": [0.4, 0.6],
+    "lost_interval": [0.0, 1.0],
+    "recall": [0.5],
+    "note": "",
+}
 CARD = {"measured": FIGURES, "when": "2026-11-22T15:46:10+00:00", "machine": "Linux x86_64, 2 cores"}
 
 

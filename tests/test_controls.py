@@ -51,9 +51,19 @@ def test_a_new_field_brings_its_control_with_it():
 
 def test_choices_come_from_the_literal_or_the_catalog():
     made = controls()
-    assert made["partition"].field.options == ("iid", "dirichlet", "shards", "site")
+    assert made["partition"].field.options == ("iid", "dirichlet", "shards", "site", "hands")
     assert set(made["model"].field.options) == set(MODELS)
     assert "mine" in controls(model="mine")["model"].field.options
+
+
+def test_missing_classes_are_chosen_by_name():
+    made = controls(missing=(3, 5))
+    field = made["missing"].field
+    assert [label for label, _ in field.options] == ["none", *"0123456789", "3, 5"] and field.label == "3, 5"
+    field.label = "none"
+    assert made.settings(Experiment).missing == ()
+    field.label = "4"
+    assert made.settings(Experiment).missing == (4,)
 
 
 def test_slider_and_field_follow_each_other():

@@ -238,3 +238,7 @@ def test_the_level_is_shared_by_the_hospitals():
     lost[np.flatnonzero(split.site.numpy() == 0)[:5]] ^= 1  # p is 1/32: below 0.05, above a third of it
     table = compare(stand_in(y), {"small": stand_in(lost)})
     assert list(table.verdict) == ["unclear", "unclear", "unclear", "hurt"] and table.p[0] == table.p[3] == 0.5**5
+    lost[np.flatnonzero(split.site.numpy() == 0)[5]] ^= 1  # 1/64: a third of 0.05 with one artifact, a sixth with two
+    alone, two = (compare(stand_in(y), dict.fromkeys(names, stand_in(lost))) for names in ("a", "ab"))
+    assert list(alone.verdict[alone.site == "north"]) == ["hurt"]
+    assert list(two.verdict[two.site == "north"]) == ["unclear"] * 2

@@ -1,5 +1,6 @@
 """Settings: what is accepted, how errors are worded, what identifies a value."""
 
+import json
 import pickle
 
 import pytest
@@ -18,7 +19,11 @@ from fedlab_kit import Experiment, Recipe
         ({"clients": True}, "clients must be a whole number, at least 1 and at most 1000000, got True"),
         ({"model": 3}, "model must be text, got 3"),
         ({"clients": 5}, "clients_per_round must be at most clients (5), got 10"),
-        ({"partition": "random"}, "partition must be one of iid, dirichlet, shards, site, got 'random'"),
+        ({"partition": "random"}, "partition must be one of iid, dirichlet, shards, site, hands, got 'random'"),
+        ({"missing": 3}, "missing must be numbers of classes, such as (3,), got 3"),
+        ({"missing": (3, -1)}, "missing must be numbers of classes, such as (3,), got (3, -1)"),
+        ({"missing": ("3",)}, "missing must be numbers of classes, such as (3,), got ('3',)"),
+        ({"missing": (True,)}, "missing must be numbers of classes, such as (3,), got (True,)"),
     ],
 )
 def test_wrong_values_are_answered_in_one_line(values, message):
@@ -49,6 +54,13 @@ def test_an_error_names_the_field_to_mend_also_where_each_field_alone_is_right(v
         Experiment(**values)
     assert error.value.field == field
     assert pickle.loads(pickle.dumps(error.value)).field == field  # another process hands it on
+
+
+def test_missing_classes_have_one_order_and_survive_json():
+    one = Experiment(missing=[5, 3, 5])
+    assert one == Experiment(missing=(3, 5)) == Experiment(**json.loads(json.dumps(one.changes())))
+    taught = Experiment(teacher=one)
+    assert Experiment(**json.loads(json.dumps(taught.changes()))) == taught
 
 
 def test_recipe_words_its_range():

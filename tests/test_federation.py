@@ -20,8 +20,7 @@ pytest.importorskip("flwr", reason='needs Flower: pip install -c constraints.txt
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from fedlab_kit.scale.credentials import write_certificates, write_key
-from fedlab_kit.scale.processes import Federation
+from fedlab_kit.scale.processes import Federation, write_certificates, write_key
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -92,7 +92,9 @@ def test_flops_of_the_built_in_models() -> None:
     assert flops(build("cnn", (1, 28, 28), 10, 0), (1, 28, 28)) == 2 * (
         24 * 24 * 10 * 25 + 8 * 8 * 20 * 10 * 25 + 320 * 50 + 50 * 10
     )
-    expected = {"logistic": 15_680, "mlp": 218_368, "student": 105_088, "2nn": 397_600, "resnet": 30_785_024}
+    student = 24 * 24 * 6 * 25 + 8 * 8 * 12 * 6 * 25 + 192 * 10
+    assert flops(build("student", (1, 28, 28), 10, 0), (1, 28, 28)) == 2 * student
+    expected = {"logistic": 15_680, "mlp": 218_368, "half_mlp": 105_088, "2nn": 397_600, "resnet": 30_785_024}
     assert {name: flops(build(name, (1, 28, 28), 10, 0), (1, 28, 28)) for name in expected} == expected
 
 

@@ -15,6 +15,7 @@ from fedlab_kit import runs
 from fedlab_kit.federation import rounds as loop
 from fedlab_kit.federation.client import client_step, cohort_step
 from fedlab_kit.federation.server import start
+from fedlab_kit.store import RunFolder
 
 pytest.importorskip("flwr", reason='needs Flower: pip install -c constraints.txt -e ".[scale]"')
 
@@ -23,10 +24,10 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from safetensors.torch import load
 
-from fedlab_kit.scale.client import RECORD, client
-from fedlab_kit.scale.exchange import GridExchange
-from fedlab_kit.scale.settings import line, modules_of, read, write
+from fedlab_kit.scale.client import RECORD, client, line, modules_of, read, write
+from fedlab_kit.scale.flower import GridExchange
 
 SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=3, rounds=3, lr=0.05, batch_size=7)
 
@@ -120,6 +121,7 @@ CASES = {
                     "zstd": True, "dropout": 0.2, "rounds": 5},
     "unequal devices": {"devices": "sliced", "model": "mlp"},
     "private": {"privacy": "client", "noise_multiplier": 0.3},
+    "hands without a class": {"dataset": "tiny_images", "partition": "hands", "missing": (1,)},
 }  # fmt: skip
 
 
@@ -217,11 +219,11 @@ def test_code_that_fails_on_a_client_is_told_in_one_line(monkeypatch):
 def test_a_lost_answer_counts_as_if_it_had_never_been_given(changes, tmp_path):
     experiment, lost = whole(SMALL.replace(**changes)), (2, 1)
 
-    def deaf(experiment, round, broadcasts, kept, stop):
+    def deaf(experiment, round, broadcasts, kept):
         """In process: client 1 is not asked in round 2."""
         asked = {c: b for c, b in broadcasts.items() if (round, c) != lost}
         silent = {c: "no answer within 0.3 s" for c in broadcasts if (round, c) == lost}
-        return loop.Exchanged(*cohort_step(experiment, round, asked, kept, stop), silent)
+        return loop.Exchanged(*cohort_step(experiment, round, asked, kept), silent)
 
     grid = MemoryGrid(4)
     grid.fault = lambda round, client, reply: None if (round, client) == lost else reply
@@ -234,13 +236,18 @@ def test_a_client_that_lost_its_memory_says_so_and_begins_anew():
     grid = MemoryGrid(4)
 
     def restart(record):
-        if record.round == 1:
+        if record.round == 2:
             grid.contexts[100] = grid.fresh(100)  # client 3
 
     run = on_flower(whole(SMALL.replace(downlink="int4", mask_ratio=0.5)), grid, progress=restart)
-    assert [bool(record.refused) for record in run.records] == [False, True, False, False]
-    assert run.records[1].refused == ((3, "it no longer has what it kept, and begins anew"),)
-    assert run.records[2].answered == (0, 1, 2, 3)
+    assert [bool(record.refused) for record in run.records] == [False, False, True, False]
+    assert run.records[2].refused == ((3, "it no longer has what it kept, and begins anew"),)
+    assert run.records[3].answered == (0, 1, 2, 3)
+    folder = RunFolder(run.path)
+    folder.load(run.task)
+    for one in range(4):  # the server knows what each holds
+        kept = grid.contexts[100 + 3 - one].state.config_records[f"{run.key}/{one}"]
+        assert torch.equal(load(kept["4"])["copy"], folder.copies[one]["copy"])
 
 
 def test_stop_ends_the_wait_without_a_record():
@@ -273,7 +280,7 @@ def test_the_settings_of_flwr_run_name_every_field():
     assert settings.pop("patience") > 0 and settings.pop("modules") == ""
     assert set(settings) == set(fk.Experiment.model_fields)
     assert read(settings) == fk.Experiment(clients=2, clients_per_round=2)  # as many as Flower's simulation starts
-    nested = SMALL.replace(teacher=SMALL, start=SMALL, start_recipe=fk.Recipe(prune_ratio=0.5))
+    nested = SMALL.replace(teacher=SMALL, start=SMALL, start_recipe=fk.Recipe(prune_ratio=0.5), missing=(0, 2))
     assert read(json.loads(json.dumps(write(nested)))) == nested
 
 
@@ -298,7 +305,7 @@ def test_unknown_engines_and_a_missing_extra_have_one_clear_line(monkeypatch):
 def test_a_round_nobody_can_be_reached_in_leaves_the_model():
     grid = MemoryGrid(4)
     exchange = GridExchange(grid, 0.1)
-    exchange._roll_call(SMALL, None)
+    exchange._roll_call(SMALL)
     grid.online = set()
     state, record = next(loop.play(start(SMALL), {}, exchange=exchange))
     assert torch.equal(state.weights, start(SMALL).weights) and record.downlink_bytes == 0

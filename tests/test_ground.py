@@ -68,8 +68,8 @@ def played(experiment, exchange=loop.in_process, clients=None):
 def forged(change):
     """An exchange in which `change(round, client, payload)` may replace what a client sent."""
 
-    def exchange(job, round, broadcasts, kept, stop):
-        got = loop.in_process(job, round, broadcasts, kept, stop)
+    def exchange(job, round, broadcasts, kept):
+        got = loop.in_process(job, round, broadcasts, kept)
         return got._replace(payloads={c: change(round, c, p) for c, p in got.payloads.items()})
 
     return exchange
@@ -121,11 +121,11 @@ def test_state_is_the_weighted_mean_of_what_the_clients_had():
     job = task(experiment)
     seen_states = {}
 
-    def watch(job, round, broadcasts, kept, stop):
+    def watch(job, round, broadcasts, kept):
         for client in broadcasts:
-            got = loop.in_process(job, round, {client: broadcasts[client]}, {client: {}}, stop)
+            got = loop.in_process(job, round, {client: broadcasts[client]}, {client: {}})
             seen_states[client] = job.model.state
-        return loop.in_process(job, round, broadcasts, kept, stop) if got else got
+        return loop.in_process(job, round, broadcasts, kept) if got else got
 
     state, _ = played(experiment, watch)[0]
     counts = torch.tensor([job.samples(c) for c in range(3)]).double()
@@ -146,8 +146,8 @@ def module_of(job, name, weights, state):
 def listening(answers):
     """An exchange that also opens what the clients of round one send."""
 
-    def exchange(job, round, broadcasts, kept, stop):
-        got = loop.in_process(job, round, broadcasts, kept, stop)
+    def exchange(job, round, broadcasts, kept):
+        got = loop.in_process(job, round, broadcasts, kept)
         answers.update({c: open_payload(job, round, payload, None) for c, payload in got.payloads.items()})
         return got
 
@@ -239,9 +239,9 @@ def test_what_was_refused_did_not_happen(how, when):
     """A damaged payload leaves server and client as if that client had dropped out."""
     experiment = SMALL.replace(clients=4, clients_per_round=4, **how)
 
-    def absent(job, round, broadcasts, kept, stop):
+    def absent(job, round, broadcasts, kept):
         asked = {c: b for c, b in broadcasts.items() if (round, c) != (when, 1)}
-        return loop.in_process(job, round, asked, kept, stop)
+        return loop.in_process(job, round, asked, kept)
 
     there, here = {}, {}
     damaged = played(experiment, forged(lambda r, c, p: p[:-3] if (r, c) == (when, 1) else p), there)
@@ -253,11 +253,13 @@ def test_what_was_refused_did_not_happen(how, when):
     assert torch.equal(damaged[-1][0].weights, missing[-1][0].weights)
     assert {c: set(m) for c, m in there.items()} == {c: set(m) for c, m in here.items()}
     assert all(torch.equal(there[c][name], here[c][name]) for c in there for name in there[c])
+    copies = damaged[-1][0].copies  # what the server takes each client to hold is what it holds
+    assert all(torch.equal(there[c]["copy"], copies[c]["copy"]) for c in there if "copy" in there[c])
 
 
 def test_a_payload_of_nobodys_client_is_refused():
-    def stranger(job, round, broadcasts, kept, stop):
-        got = loop.in_process(job, round, broadcasts, kept, stop)
+    def stranger(job, round, broadcasts, kept):
+        got = loop.in_process(job, round, broadcasts, kept)
         other = next(c for c in range(6) if c not in broadcasts)
         return got._replace(payloads={**got.payloads, other: next(iter(got.payloads.values()))})
 

@@ -53,7 +53,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted_once() -> None:
 
 
 def test_a_missing_column_is_named_with_those_that_are_there() -> None:
-    with pytest.raises(DataError, match="hospital 'north' lacks the column 'pain'; it has age, sick"):
+    with pytest.raises(DataError, match="site 'north' lacks the column 'pain'; it has age, sick"):
         admit("north", table().drop(columns="pain"), SMALL)
 
 
@@ -70,10 +70,10 @@ def test_too_few_usable_rows_are_refused_with_the_counts() -> None:
 
 def test_the_other_hospitals_go_on_without_one_whose_table_is_wrong() -> None:
     tables = {"north": table(), "south": table().drop(columns="age"), "west": table(20)}
-    with pytest.warns(UserWarning, match="left out: hospital 'south' lacks the column 'age'"):
+    with pytest.warns(UserWarning, match="left out: site 'south' lacks the column 'age'"):
         admitted = admit_all(tables, SMALL)
     assert [hospital.name for hospital in admitted] == ["north", "west"]
-    with pytest.warns(UserWarning), pytest.raises(DataError, match="none of the 1 hospitals could be admitted"):
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="none of the 1 sites could be admitted"):
         admit_all({"south": tables["south"]}, SMALL)
 
 

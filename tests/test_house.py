@@ -7,7 +7,7 @@ import fedlab_kit
 
 ROOT = Path(fedlab_kit.__file__).parent
 ORDER = [line.split("`")[1] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
-EMPTY = {"compression", "federation", "deployment", "scale", "lab"}  # packages that hold a docstring alone
+EMPTY = {"compression", "federation", "deployment", "scale", "lab"}  # packages that hold no code to be imported
 
 
 def name_of(path: Path) -> str:

@@ -7,7 +7,7 @@ from torch import nn
 from fedlab_kit import catalog
 from fedlab_kit.models import Block, build
 
-BUILT_IN = ("2nn", "cnn", "logistic", "mlp", "resnet", "student")
+BUILT_IN = ("2nn", "cnn", "half_mlp", "logistic", "mlp", "resnet", "student")
 IMAGE = (1, 28, 28)
 
 
@@ -20,7 +20,8 @@ def parameters(model: nn.Module) -> int:
     [
         ("logistic", 784 * 10 + 10),
         ("mlp", 785 * 128 + 129 * 64 + 65 * 10),
-        ("student", 785 * 64 + 65 * 32 + 33 * 10),
+        ("half_mlp", 785 * 64 + 65 * 32 + 33 * 10),
+        ("student", 26 * 6 + 151 * 12 + 193 * 10),
         ("2nn", 199_210),
         ("cnn", 21_840),
     ],
@@ -45,12 +46,12 @@ def test_output_shape_on_images(name: str, shape: tuple[int, ...]) -> None:
     assert model.training
 
 
-@pytest.mark.parametrize("name", ["2nn", "logistic", "mlp", "student"])
+@pytest.mark.parametrize("name", ["2nn", "half_mlp", "logistic", "mlp"])
 def test_dense_models_take_tables(name: str) -> None:
     assert build(name, (13,), 2, 0)(torch.randn(4, 13)).shape == (4, 2)
 
 
-@pytest.mark.parametrize("name", ["2nn", "cnn", "logistic", "mlp", "student"])
+@pytest.mark.parametrize("name", ["2nn", "cnn", "half_mlp", "logistic", "mlp", "student"])
 def test_what_the_fast_path_relies_on(name: str) -> None:
     model = build(name, IMAGE, 10, 0)
     assert type(model) is nn.Sequential

@@ -103,7 +103,7 @@ def test_a_client_is_a_site() -> None:
         ("dirichlet", 2, 0.0, "alpha must be above 0, got 0.0"),
         ("dirichlet", 2, float("nan"), "alpha must be above 0, got nan"),
         ("site", 2, 1.0, "partition 'site' needs a dataset with sites; 'toy' has none"),
-        ("random", 2, 1.0, "partition must be one of iid, dirichlet, shards, site, got 'random'"),
+        ("random", 2, 1.0, "partition must be one of iid, dirichlet, shards, site, hands, got 'random'"),
     ],
 )
 def test_what_cannot_be_shared_out_is_one_clear_line(scheme: str, clients: int, alpha: float, message: str) -> None:

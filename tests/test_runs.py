@@ -167,7 +167,7 @@ def test_a_parent_that_changed_makes_another_run():
 
 CHANGED = {  # another value for each field, and what it needs to be allowed
     "dataset": "blobs_at_sites", "model": "logistic", "clients": 7, "clients_per_round": 3, "partition": "iid",
-    "alpha": 0.6, "rounds": 6, "local_epochs": 2, "batch_size": 11, "lr": 0.06, "strategy": "fedprox",
+    "alpha": 0.6, "missing": (1,), "rounds": 6, "local_epochs": 2, "batch_size": 11, "lr": 0.06, "strategy": "fedprox",
     "normalization": "own", "proximal_mu": 0.02, "server_lr": 0.9, "server_momentum": 0.8, "adam_lr": 0.02,
     "dropout": 0.1, "devices": "unequal", "deadline": 9.0, "mask_ratio": 0.5, "mask_schedule": "dynamic",
     "qat": "int8", "qat_keep": "ends", "teacher": SMALL.replace(seed=1), "temperature": 3.0, "distill_weight": 0.4,

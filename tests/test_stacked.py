@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedlab_kit.compression.distill import hard_slope
+from fedlab_kit.compression.distill import hard_gradient
 from fedlab_kit.federation.fast_path import Stack, empty_aligned
 
 IMAGE = (1, 28, 28)
@@ -286,7 +286,7 @@ def test_a_clients_weights_do_not_depend_on_how_many_are_trained_with_it(shape, 
     def trained(first, last):
         weights = empty_aligned(start, last - first, len(start)).copy_(start)
         for _ in range(3):
-            stack.step(weights, x[first:last], lambda logits: hard_slope(logits, y[first:last]) / batch, 0.1)
+            stack.step(weights, x[first:last], lambda logits: hard_gradient(logits, y[first:last]) / batch, 0.1)
         return weights
 
     together = trained(0, 4)

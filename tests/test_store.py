@@ -26,8 +26,16 @@ from fedlab_kit.runs import history
 from fedlab_kit.store import RunFolder
 
 MOST = fk.Experiment(
-    dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=5, lr=0.05, strategy="scaffold", uplink="topk"
-)  # the server has controls, every client has memory
+    dataset="blobs",
+    model="mlp",
+    clients=6,
+    clients_per_round=4,
+    rounds=5,
+    lr=0.05,
+    strategy="scaffold",
+    uplink="topk",
+    downlink="int8",
+)  # the server has controls and copies, every client has memory
 GONE = 99_999_999  # a process that cannot be
 
 
@@ -90,7 +98,7 @@ def test_a_flipped_bit_is_found_or_harmless(stopped, runs_folder):
             (runs_folder / key / name).write_bytes(flipped)
             if goes_on(runs_folder, stopped) != "right":
                 found.add(name.parts[0])
-    assert found == {"state.safetensors", "records.jsonl", "experiment.json", "clients"}
+    assert found == {"state.safetensors", "records.jsonl", "experiment.json", "clients", "copies"}
 
 
 def test_every_flipped_bit_of_what_is_read_is_found(stopped, tmp_path):

@@ -15,12 +15,13 @@ import fedlab_kit as fk
 from fedlab_kit import runs
 from fedlab_kit.deployment import artifact, measure
 from fedlab_kit.deployment.artifact import load
-from fedlab_kit.deployment.selection import choose, front
+from fedlab_kit.deployment.selection import choose, front, front_share
 from fedlab_kit.files import StoreError
 from fedlab_kit.lab.compressor import Compressor
 from fedlab_kit.lab.marks import Marks
 from fedlab_kit.lab.points import Points
 from fedlab_kit.runs import find, history
+from fedlab_kit.statistics import crossed_loss
 from fedlab_kit.store import when_and_where
 from fedlab_kit.sweep import pareto, spread, sweep
 
@@ -308,6 +309,22 @@ def test_spread_over_seeds():
         spread(table, over="alpha")
 
 
+def test_what_a_method_loses_has_an_interval_over_eight_seeds_and_their_samples():
+    table = sweep(SMALL.replace(rounds=2), {"seed": range(1, 9), "dtype": ["int2"]})
+    [method] = spread(table).to_dict("records")
+    before, after = [], []
+    for seed in range(1, 9):
+        run = fk.train(SMALL.replace(rounds=2, seed=seed))
+        truth = run.dataset.validation.y.numpy()
+        for dtype, rows in (("fp32", before), ("int2", after)):
+            rows.append(fk.compress(run, fk.Recipe(dtype=dtype)).predict(run.dataset.validation.x).argmax(1) == truth)
+    share, low, high = crossed_loss(np.stack(before), np.stack(after))
+    expected = [100 * share, 100 * low, 100 * high]
+    assert [method[name] for name in ("lost", "lost_low", "lost_high")] == pytest.approx(expected)
+    few = spread(table[table["seed"] < 8])
+    assert few["lost_low"].isna().all() and few["points"].tolist() == [7]
+
+
 def test_spread_of_seeds_alone_and_of_settings_that_may_be_none():
     assert list(spread(sweep(SMALL, {"seed": [1, 2]}))["points"]) == [2]
     taught = spread(sweep(SMALL, {"teacher": [None, SMALL], "seed": [1, 2]}))
@@ -339,6 +356,27 @@ def test_choose_takes_the_best_within_the_budget_and_the_smaller_of_equals():
     assert choose(TABLE, bytes=100)["bytes"] == 30
     assert choose(TABLE, bytes=20)["accuracy"] == 0.9
     assert choose(TABLE, accuracy=0.92, latency_ms=0.25)["bytes"] == 30
+
+
+def test_a_budget_on_what_got_lost_means_the_end_of_its_interval():
+    table = pd.DataFrame({"accuracy": [0.9, 0.8], "bytes": [1, 1], "lost": [0.5, 0.9], "lost_high": [2.0, 1.0]})
+    assert choose(table, lost=1)["accuracy"] == 0.8
+    with pytest.raises(ValueError, match=r"no point has lost_high at most 0\.9; the nearest has 1"):
+        choose(table, lost=0.9)
+
+
+def test_a_point_that_is_better_by_luck_is_on_the_front_as_often_as_the_luck_comes_again():
+    right = np.ones(200, bool)
+    worse, lucky, other = right.copy(), right.copy(), right.copy()
+    worse[:100], lucky[:9], other[5:15] = False, False, False  # nine wrong answers against ten, five of them together
+    shares = front_share([1, 2, 3, 4], [worse, lucky, other, None])
+    rng = np.random.default_rng(1)  # the dearer one comes back where more of the other's own mistakes are drawn again
+    again = rng.multinomial(200, [4 / 200, 5 / 200, 191 / 200], size=200_000)
+    higher = (again[:, 0] * 1 > again[:, 1]).mean()  # lucky errs alone on 4 samples + 0, other alone on 5
+    assert shares[0] == 1.0 and shares[3] == 0.0
+    assert shares[1] == 1.0
+    assert shares[2] == pytest.approx(higher, abs=0.06) and 0.2 < higher < 0.5
+    assert front_share([2, 1], [right, right]) == [0.0, 1.0] and front_share([1, 1], [right, right]) == [1.0, 1.0]
 
 
 def test_choose_says_what_is_missing():

@@ -15,8 +15,8 @@ import time
 import torch
 
 import fedlab_kit as fk
+from fedlab_kit.scale.client import line
 from fedlab_kit.scale.processes import Federation
-from fedlab_kit.scale.settings import line
 
 HOSPITALS = fk.Experiment(
     dataset="hospitals", partition="site", clients=4, clients_per_round=4, model="mlp", rounds=3, lr=0.05

@@ -23,20 +23,20 @@ def distillation_loss(logits: Tensor, teacher: Tensor, labels: Tensor, temperatu
     return (1 - weight) * hard + weight * soft.to(hard.dtype)
 
 
-def distillation_slope(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float, weight: float) -> Tensor:
+def distillation_gradient(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float, weight: float) -> Tensor:
     """Return the gradient of each sample's loss with respect to its logits, [..., classes], not divided by n.
 
     The closed form of `distillation_loss`: `(1 - weight) (p - y) + weight T (p_T - q_T)`.
     """
-    slope = hard_slope(logits, labels).mul_(1 - weight)
+    gradient = hard_gradient(logits, labels).mul_(1 - weight)
     soft = (logits / temperature).softmax(-1) - (teacher / temperature).softmax(-1)
-    return slope.add_(soft, alpha=weight * temperature)
+    return gradient.add_(soft, alpha=weight * temperature)
 
 
-def hard_slope(logits: Tensor, labels: Tensor) -> Tensor:
+def hard_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the gradient of each sample's cross entropy with respect to its logits: `p - y`, [..., classes]."""
-    slope = logits.softmax(-1)
-    return slope.scatter_add_(-1, labels[..., None], torch.full_like(slope[..., :1], -1))
+    gradient = logits.softmax(-1)
+    return gradient.scatter_add_(-1, labels[..., None], torch.full_like(gradient[..., :1], -1))
 
 
 def centred_mse(logits: Tensor, teacher: Tensor) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
+import zlib
+from base64 import b64decode, b64encode
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -21,11 +24,14 @@ from fedlab_kit.deployment.convert import OPSETS
 from fedlab_kit.deployment.onnx_export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
 from fedlab_kit.deployment.subject import Subject, subject_of
-from fedlab_kit.experiment import Recipe
+from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError, at, is_number, read_json, sweep_up, write_bytes, write_json
 from fedlab_kit.models import Draws, flops
+from fedlab_kit.partition import data_of
 from fedlab_kit.run import Run
 from fedlab_kit.settings import complaint
+from fedlab_kit.statistics import paired_loss, wilson
+from fedlab_kit.statistics import recall as recall_by_class
 from fedlab_kit.store import when_and_where
 
 LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
@@ -40,10 +46,16 @@ class Artifact:
     """A deployed file and what was measured on it.
 
     `bytes` is the file's size, `zstd_bytes` that of `<name>.onnx.zst` beside it. `accuracy` with its 95 % `interval` is
-    the runtime's on the validation split. `latency_ms` is one raw sample's median and `latency_spread_ms` the distance
-    between its quartiles, `throughput` samples per second in batches of 64, both with `threads` threads. `sparsity` is
-    the share of zeros among the stored weights, `flops` those of the float graph on one sample. `note` says when a
-    recipe did not do what its name promises; `card` is the model card that lies beside the file.
+    the runtime's on the validation split, `recall` that of each class there (None without a sample) and
+    `missing_recall` the mean over the classes that no client holds (None where all are held). `latency_ms` is one raw
+    sample's median and `latency_spread_ms` the distance between its quartiles, `throughput` samples per second in
+    batches of 64, both with `threads` threads. `sparsity` is the share of zeros among the stored weights, `flops` those
+    of the float graph on one sample. `note` says when a recipe did not do what its name promises; `card` is the model
+    card that lies beside the file.
+
+    `lost` is what the fp32 file of the same model answers better, in points of accuracy on the same samples, with its
+    95 % interval `lost_interval` over samples (paired, see `statistics.paired_loss`); `changed` counts the samples that
+    the two files answer differently, to whosever advantage.
     """
 
     path: Path
@@ -52,6 +64,11 @@ class Artifact:
     zstd_bytes: int
     accuracy: float
     interval: tuple[float, float]
+    lost: float
+    lost_interval: tuple[float, float]
+    changed: int
+    recall: tuple[float | None, ...]
+    missing_recall: float | None
     latency_ms: float
     latency_spread_ms: float
     throughput: float
@@ -69,16 +86,26 @@ class Artifact:
         """The file opened in onnxruntime. Raises StoreError when it is no longer the one that was measured."""
         return self._session or measure.open_session(_checked(self.path, self.digest))
 
+    @property
+    def answers(self) -> np.ndarray:
+        """The class that the file gave each sample it was measured on, int64 [n], as its card keeps them."""
+        return _unpacked(self.card["answers"])
+
+    @property
+    def baseline(self) -> np.ndarray:
+        """The classes that the fp32 file of the same model gave the same samples, int64 [n]."""
+        return _unpacked(self.card["baseline"])
+
     @cached_property
     def dataset(self) -> data.Dataset:
         """The data it was measured on. ValueError where they are registered under no name, or are others now."""
         if self._dataset is not None:
             return self._dataset
-        about = self.card["data"]
-        name = (self.card["experiment"] or {}).get("dataset", about["name"])
+        about, asked = self.card["data"], self.card["experiment"]
+        name = (asked or {}).get("dataset", about["name"])
         if name not in catalog.DATASETS:
             raise ValueError(f"{self.path.name} was measured on dataset {name!r}: register that with fk.dataset first")
-        found = data.load(name)
+        found = data_of(Experiment(**asked)) if asked else data.load(name)
         if found.digest != about["digest"]:
             raise ValueError(f"dataset {found.name!r} is another one now than when {self.path.name} was measured on it")
         return found
@@ -98,7 +125,8 @@ class Artifact:
     def test(self) -> tuple[float, tuple[float, float]]:
         """Open the test split: measure the file's accuracy on it, with its interval, and write both on the card."""
         accuracy, interval = measure.accuracy(self.session, self.dataset.filled("test"))
-        self.card["test"] = {"accuracy": accuracy, "interval": list(interval)}
+        opened = self.card.get("test", {}).get("opened", 0) + 1  # each look at it makes the next choice less blind
+        self.card["test"] = {"accuracy": accuracy, "interval": list(interval), "opened": opened}
         _write_card(self.path, self.card)
         return accuracy, interval
 
@@ -172,22 +200,27 @@ def _compress(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Ar
         squeezed, level = squeeze(content)
         write_bytes(_beside(path)[1], squeezed, listed=False)
         session = measure.open_session(path)
-        before, after = (sum(p.numel() for p in m.parameters()) for m in (subject.model, model))
+        classes = measure.answers(session, subject.held)
+        before = _baseline(subject, recipe, classes, folder)
+        whole, left = (sum(p.numel() for p in m.parameters()) for m in (subject.model, model))
         card = {
             **subject.facts,
             **_about(subject, recipe),
             **_made_by(),
             "runtime": {"onnxruntime": f">={measure.oldest_runtime(converted)}"},
             "zstd_level": level,
-            "parameters_before": before,
+            "parameters_before": whole,
             "digest": hashlib.sha256(content).hexdigest(),
+            "answers": _packed(classes),
+            "baseline": _packed(before),
             "measured": {
                 "bytes": path.stat().st_size,
                 "zstd_bytes": _beside(path)[1].stat().st_size,
-                **_accuracy(session, subject.held),
+                **_accuracy(classes, subject),
+                **_lost(before, classes, subject.held),
                 **_speed(session, subject.held),
                 "sparsity": measure.sparsity(converted),
-                "parameters": after,
+                "parameters": left,
                 "flops": flops(model, sample),
                 "note": "; ".join(filter(None, [pruning, _note(recipe, converted), _unseen(recipe, model, converted)])),
             },
@@ -216,9 +249,16 @@ def load(path: Path | str) -> Artifact:
 def check_card(card: dict[str, Any]) -> None:
     """Raise TypeError or LookupError for a card that lacks a figure or a word, or has another type in its place."""
     measured = card["measured"]
-    low, high = measured["interval"]
-    numbers = [low, high, *(measured[one.name] for one in fields(Artifact) if one.type in ("int", "float"))]
-    words = [card["when"], card["machine"], card["digest"], measured["note"]]
+    (low, high), (least, most) = measured["interval"], measured["lost_interval"]
+    numbers = [
+        low,
+        high,
+        least,
+        most,
+        *(measured[one.name] for one in fields(Artifact) if one.type in ("int", "float")),
+    ]
+    words = [card["when"], card["machine"], card["digest"], card["answers"], card["baseline"], measured["note"]]
+    numbers += [share for share in (*measured["recall"], measured["missing_recall"]) if share is not None]
     if not all(is_number(number) for number in numbers):
         raise TypeError(f"numbers are expected, got {numbers!r:.200}")
     if not all(isinstance(word, str) for word in words):
@@ -269,7 +309,8 @@ def _checked(path: Path, digest: str) -> bytes:
 
 
 def _artifact(path: Path, card: dict[str, Any], session: Any, dataset: data.Dataset | None) -> Artifact:
-    measured = {**card["measured"], "interval": tuple(card["measured"]["interval"])}
+    pairs = {name: tuple(card["measured"][name]) for name in ("interval", "lost_interval", "recall")}
+    measured = {**card["measured"], **pairs}
     return Artifact(path=path, digest=card["digest"], card=card, **measured, _session=session, _dataset=dataset)
 
 
@@ -277,8 +318,12 @@ def _same(card: dict[str, Any], subject: Subject, recipe: Recipe) -> bool:
     """Say whether a card is of the same model and recipe, and of today's code."""
     if not {**subject.facts, **_made_by()}.items() <= card.items():
         return False
-    before, now = ({**r.in_effect(), "prune": r.prune_ratio and r.prune} for r in (Recipe(**card["recipe"]), recipe))
-    return before == now
+    return _effect(Recipe(**card["recipe"])) == _effect(recipe)
+
+
+def _effect(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe matters: how it would prune does not where it prunes nothing."""
+    return {**recipe.in_effect(), "prune": recipe.prune_ratio and recipe.prune}
 
 
 @cache
@@ -314,9 +359,52 @@ def _about(subject: Subject, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _accuracy(session: Any, held: data.Split) -> dict[str, Any]:
-    accuracy, interval = measure.accuracy(session, held)
-    return {"accuracy": accuracy, "interval": list(interval)}
+def _accuracy(classes: np.ndarray, subject: Subject) -> dict[str, Any]:
+    truth, missing = subject.held.y.numpy(), (subject.facts["experiment"] or {}).get("missing", ())
+    right = classes == truth
+    hits, each = int(right.sum()), recall_by_class(right, truth, len(subject.dataset.classes))
+    measured = [share for label in missing if (share := each[label]) is not None]
+    return {
+        "accuracy": hits / len(truth),
+        "interval": list(wilson(hits, len(truth))),
+        "recall": list(each),
+        "missing_recall": mean(measured) if measured else None,
+    }
+
+
+def _lost(before: np.ndarray, after: np.ndarray, held: data.Split) -> dict[str, Any]:
+    truth, changed = held.y.numpy(), int((before != after).sum())
+    share, low, high, _ = paired_loss(before == truth, after == truth)
+    return {"lost": 100 * share, "lost_interval": [100 * low, 100 * high], "changed": changed}
+
+
+def _baseline(subject: Subject, recipe: Recipe, answers: np.ndarray, folder: Path | str | None) -> np.ndarray:
+    """Return what the fp32 file of the same model answers, which is made first where it is not there.
+
+    In memory alone where files go elsewhere than to the subject's home, or where that takes none.
+    """
+    if _effect(recipe) == _effect(Recipe()):
+        return answers
+    if "baseline" not in subject.memo:
+        found = None
+        with suppress(StoreError):
+            found = recall(subject, Recipe()) or (None if folder else _compress(subject, Recipe(), None))
+        if found is None:
+            graph = _converted(subject, Recipe(), subject.model)
+            subject.memo["baseline"] = measure.answers(measure.open_session(graph.SerializeToString()), subject.held)
+        else:
+            subject.memo["baseline"] = found.answers
+    known: np.ndarray = subject.memo["baseline"]
+    return known
+
+
+def _packed(classes: np.ndarray) -> str:
+    """Answers as the card keeps them: uint32, deflated, in base64."""
+    return b64encode(zlib.compress(classes.astype("<u4").tobytes(), 9)).decode()
+
+
+def _unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(b64decode(text)), "<u4").astype(np.int64)
 
 
 def _speed(session: Any, held: data.Split) -> dict[str, Any]:

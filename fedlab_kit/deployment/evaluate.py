@@ -16,18 +16,19 @@ from fedlab_kit import data
 from fedlab_kit.data import Dataset, Split
 from fedlab_kit.deployment.artifact import Artifact, load
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation import setup
 from fedlab_kit.federation.client import client_step
 from fedlab_kit.federation.masking import first_mask
 from fedlab_kit.federation.messages import Broadcast, open_payload, pack_broadcast
-from fedlab_kit.federation.setup import task
 from fedlab_kit.runs import parents_of, train
-from fedlab_kit.statistics import auc_interval, mean_interval, paired_loss, wilson
+from fedlab_kit.statistics import auc_interval, holm, mean_interval, paired_loss, wilson
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
 LEAST = 5  # patients of a class, below which an estimate would be a guess
+LEVEL = 0.05
 MARGIN = 0.05  # share of patients whose loss nobody would accept
 METRICS = ("accuracy", "auc", "sensitivity", "specificity", "brier", "calibration")
 COSTS = ("latency_ms", "bytes", "zstd_bytes")
@@ -91,9 +92,10 @@ def compare(
     """Return, for each artifact and site, what its patients lose against the baseline, patient by patient.
 
     `of` is "accuracy", "sensitivity" or "specificity". `loss` is a share of the patients that count, with its 95 %
-    interval `low` to `high`; `p` is McNemar's exact test against "nothing lost". `verdict`: "hurt" when p is at most
-    0.05 over the number of sites; else "unclear" when the interval reaches a loss of 5 points; else "fine"; "not
-    estimable" below five patients. A good row for all patients excuses no hospital. Raises ValueError for another `of`.
+    interval `low` to `high`; `p` is McNemar's exact test against "nothing lost". `verdict`: "hurt" when p, by Holm's
+    correction over all artifacts and sites (over the artifacts for all patients together), is at most 0.05; else
+    "unclear" when the interval reaches a loss of 5 points; else "fine"; "not estimable" below five patients. A good row
+    for all patients excuses no hospital. Raises ValueError for another `of`.
     """
     import pandas
 
@@ -108,8 +110,11 @@ def compare(
         after = artifact.predict(part.x).argmax(1) == y
         for site, where in groups.items():
             pairs = before[where & counts], after[where & counts]
-            tests = 1 if site == EVERYONE else len(groups) - 1
-            rows.append({"artifact": name, "site": site, "of": of, **_loss(*pairs, level=0.05 / tests)})
+            rows.append({"artifact": name, "site": site, "of": of, **_loss(*pairs)})
+    for together in (True, False):
+        family = [row for row in rows if (row["site"] == EVERYONE) == together]
+        for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
+            row["verdict"] = _verdict(p, row["high"])
     return pandas.DataFrame(rows)
 
 
@@ -159,14 +164,17 @@ def _with_interval(name: str, value: float, interval: tuple[float, float]) -> di
     return {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
-def _loss(before: np.ndarray, after: np.ndarray, level: float) -> dict[str, Any]:
+def _loss(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     row: dict[str, Any] = {"patients": len(before), "worse": int((before & ~after).sum())}
     row["better"] = int((~before & after).sum())
-    if len(before) < LEAST:
-        return {**row, **dict.fromkeys(("loss", "low", "high", "p"), np.nan), "verdict": "not estimable"}
-    loss, low, high, p = paired_loss(before, after)
-    verdict = "hurt" if p <= level else "unclear" if high >= MARGIN else "fine"
-    return {**row, "loss": loss, "low": low, "high": high, "p": p, "verdict": verdict}
+    found = paired_loss(before, after) if len(before) >= LEAST else (np.nan,) * 4
+    return row | dict(zip(("loss", "low", "high", "p"), found, strict=True))
+
+
+def _verdict(p: float, high: float) -> str:
+    if np.isnan(p):
+        return "not estimable"
+    return "hurt" if p <= LEVEL else "unclear" if high >= MARGIN else "fine"
 
 
 Model = tuple[Tensor, Tensor]
@@ -174,7 +182,12 @@ Model = tuple[Tensor, Tensor]
 
 
 def pooled(experiment: Experiment) -> Experiment:
-    """Return the same experiment with all samples in one place: one client that holds everything and always answers."""
+    """Return the same experiment with all samples in one place: one client that holds everything and always answers.
+
+    ValueError where clients write in hands of their own: one client would write all in one.
+    """
+    if experiment.partition == "hands":
+        raise ValueError("partition must not be hands to pool the samples: a single client has a single hand")
     everything = {"partition": "iid", "clients": 1, "clients_per_round": 1, "normalization": "shared"}
     return experiment.replace(**everything, devices="equal", deadline=0.0, dropout=0.0)
 
@@ -189,14 +202,14 @@ def alone(experiment: Experiment, client: int, start: Model | None = None, round
         strategy="fedavg", uplink="fp32", downlink="fp32", mask_ratio=0.0, devices="equal", teacher=None,
         normalization="shared",
     )  # fmt: skip
-    job = task(own, parents_of(own))
-    mask = first_mask(job)
+    task = setup.task(own, parents_of(own))
+    mask = first_mask(task)
     memory = {} if mask is None else {"mask": mask}
-    weights, state = start or (job.initial, job.initial_state)
+    weights, state = start or (task.initial, task.initial_state)
     for round in range(1, 1 + (experiment.rounds if rounds is None else rounds)):
-        message = pack_broadcast(job, round, client, Broadcast(weights, state, mask=mask), None, False, False)
-        payload, _ = client_step(job, round, client, message, memory)
-        answer = open_payload(job, round, payload, mask)
+        message = pack_broadcast(task, round, client, Broadcast(weights, state, mask=mask), None, False, False)
+        payload, _ = client_step(task, round, client, message, memory)
+        answer = open_payload(task, round, payload, mask)
         weights, state = weights + answer.update, state if answer.state is None else answer.state
     return weights, state
 
@@ -213,7 +226,7 @@ def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
     if experiment.partition != "site":
         raise ValueError(f"partition must be site to compare the sites, got {experiment.partition!r}")
     run, whole = train(experiment), train(pooled(experiment)).tensors()
-    job, sites = run.task, range(experiment.clients)
+    task, sites = run.task, range(experiment.clients)
     together = [run.tensors(site) for site in sites]
     ways = {
         "alone": [alone(experiment, site) for site in sites],
@@ -222,11 +235,11 @@ def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
         "pooled": [whole] * len(sites),
     }
     results = {
-        way: [job.evaluate(w, job.dataset.validation, state) for w, state in models] for way, models in ways.items()
+        way: [task.evaluate(w, task.dataset.validation, state) for w, state in models] for way, models in ways.items()
     }
     patients = torch.tensor(results["pooled"][0].total)
     hits = {way: torch.tensor([found[site].correct[site] for site in sites]) for way, found in results.items()}
     table = {"patients": [*patients.tolist(), int(patients.sum())]}
     for way, right in hits.items():
         table[way] = [*(right / patients).tolist(), float(right.sum() / patients.sum())]
-    return pandas.DataFrame(table, index=[*job.dataset.sites, "all"])
+    return pandas.DataFrame(table, index=[*task.dataset.sites, "all"])

@@ -70,8 +70,8 @@ def logits(session: Any, x: Tensor | np.ndarray, batch: int = WHOLE) -> np.ndarr
     return np.concatenate([session.run(None, {"x": raw[i : i + batch]})[0] for i in range(0, len(raw), batch)])
 
 
-def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
-    """Return the accuracy of a session on a split, and its 95 % interval.
+def answers(session: Any, split: Split) -> np.ndarray:
+    """Return the class that a session gives each sample of a split, int64 [n].
 
     Raises ValueError on an empty split, and when an answer is no number.
     """
@@ -80,7 +80,12 @@ def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
     found = logits(session, split.x)
     if broken := int(np.isnan(found).any(axis=1).sum()):
         raise ValueError(f"logits must be numbers, they are NaN for {broken} of {len(split)} samples: train again")
-    correct = int((found.argmax(1) == split.y.numpy()).sum())
+    return found.argmax(1)
+
+
+def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
+    """Return the accuracy of a session on a split, and its 95 % interval. Raises ValueError as `answers` does."""
+    correct = int((answers(session, split) == split.y.numpy()).sum())
     return correct / len(split), wilson(correct, len(split))
 
 

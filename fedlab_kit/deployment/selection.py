@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isfinite
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     import pandas
@@ -33,17 +35,37 @@ def pareto(cost: Iterable[float], gain: Iterable[float]) -> list[bool]:
     return [point in best for point in points]
 
 
+def front_share(
+    cost: Iterable[float], right: Sequence[np.ndarray | None], draws: int = 400, seed: int = 0
+) -> list[float]:
+    """Return how often each point is on the front, 0..1, when the samples are drawn again (bootstrap, Efron 1979).
+
+    `right` says of each point which of its samples it answers rightly, bool [n], None of one that was not measured.
+    Points with as many samples are asked about the same ones. The best of many on one split is partly lucky: a point
+    that stands on the front by luck is seldom on it again.
+    """
+    rng, cost = np.random.default_rng(seed), list(cost)
+    gains = np.full((len(right), draws), np.nan)
+    for count in sorted({len(one) for one in right if one is not None}):
+        these = {row: one for row, one in enumerate(right) if one is not None and len(one) == count}
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=draws)
+        gains[[*these]] = np.stack([*these.values()]) @ drawn.T / count
+    return np.mean([pareto(cost, gain) for gain in gains.T], axis=0).tolist() if len(right) else []
+
+
 def choose(table: pandas.DataFrame, **budget: float) -> pandas.Series:
     """Return the row of highest accuracy among those within the budget, the smaller file on a tie.
 
     `choose(table, bytes=50_000, latency_ms=1.0)`; names are columns of a table made by `sweep`, or of what
-    `evaluate.with_rates` adds to it. Raises ValueError for a column that the table lacks, and, when nothing fits, says
-    which limit leaves nothing and what comes nearest.
+    `evaluate.with_rates` adds to it. `lost=1` means that the interval of what got lost ends below one point. Raises
+    ValueError for a column that the table lacks, and, when nothing fits, says which limit leaves nothing and what comes
+    nearest.
     """
     if unknown := sorted(budget.keys() - set(table.columns)):
         raise ValueError(f"budget must name columns of the table ({', '.join(table.columns)}), got {unknown[0]!r}")
     fitting = table
-    for name, limit in budget.items():
+    for asked, limit in budget.items():
+        name = "lost_high" if asked == "lost" and "lost_high" in table.columns else asked
         left = fitting[fitting[name] >= limit] if name in FLOORS else fitting[fitting[name] <= limit]
         if left.empty:
             nearest = fitting[name].max() if name in FLOORS else fitting[name].min()

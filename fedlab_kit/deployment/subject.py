@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Subject:
 
     `held` is what files are measured on, `calibration` each client's raw samples, `stem` begins the files' names, they
     go to `home / "artifacts"`; `facts` are the card's words on where it comes from, `privacy` those on what it gives
-    away. `lasting` says whether what is made of it can be found again by its facts.
+    away. `lasting` says whether what is made of it can be found again by its facts. `memo` holds what
+    is worked out once.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Subject:
     facts: dict[str, Any]
     privacy: Callable[[Recipe], dict[str, Any]]
     lasting: bool = True
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 def subject_of(model: Any, client: int | None = None, dataset: Dataset | str | None = None) -> Subject:
@@ -73,6 +75,7 @@ def of_run(run: Run, client: int | None) -> Subject:
         "run": run.key,
         "client": client,
         "module": None,
+        "weights": fingerprint(model.state_dict()),  # somebody may have put others in
         "training": {
             "rounds": len(run.records),
             "seconds": sum(record.seconds for record in run.records),
@@ -122,7 +125,7 @@ def of_module(model: nn.Module, dataset: Dataset | str | None) -> Subject:
         return {"level": "unknown", "epsilon": None, "delta": None, "why": STRANGER, "outside": []}
 
     module = {"class": name, "digest": digest, "origin": STRANGER}
-    facts = {"experiment": None, "run": None, "client": None, "module": module, "training": None}
+    facts = {"experiment": None, "run": None, "client": None, "module": module, "weights": None, "training": None}
     home = runs_folder() / "modules" / key
     return Subject(name, own, known, held, calibration, f"module-{key[:8]}", home, facts, privacy, lasting)
 

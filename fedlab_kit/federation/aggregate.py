@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from fedlab_kit.compression.distill import distillation_slope
+from fedlab_kit.compression.distill import distillation_gradient
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.devices import client_mask
 from fedlab_kit.federation.messages import ClientUpdate
@@ -19,6 +20,7 @@ OptimizerState = dict[str, Tensor]
 
 Strategy = Callable[[Experiment, OptimizerState, Tensor], tuple[Tensor, OptimizerState]]
 PUBLIC_BATCH = 20
+CROWD, ABSURD = 3, 100  # updates from which on one may be called absurd, and by how many medians
 
 
 def average(experiment: Experiment, optimizer: OptimizerState, mean: Tensor) -> tuple[Tensor, OptimizerState]:
@@ -119,6 +121,19 @@ def median(updates: list[Tensor]) -> Tensor:
     return ordered[half] if len(updates) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
+def absurd(updates: Mapping[int, ClientUpdate]) -> dict[int, str]:
+    """Return the clients, of three or more, one of whose vectors is above 100 times as long as the cohort's median."""
+    found: dict[int, str] = {}
+    for part in ("update", "state", "control") if len(updates) >= CROWD else ():
+        vectors = {client: getattr(update, part) for client, update in updates.items()}
+        lengths = {client: float(vector.norm()) for client, vector in vectors.items() if vector is not None}
+        usual = statistics.median(lengths.values()) if lengths else 0.0
+        for client, length in lengths.items():
+            if not length <= ABSURD * usual and usual > 0:
+                found[client] = f"its {part} is {length / usual:,.0f} times as long as the median of the cohort"
+    return found
+
+
 def distil_ensemble(
     task: Task, round: int, weights: Tensor, state: Tensor, clients: list[tuple[Tensor, Tensor]], mask: Tensor | None
 ) -> Tensor:
@@ -139,7 +154,7 @@ def distil_ensemble(
             model.weights.copy_(weights)
             model.gradient.zero_()
             logits = model.module(inputs[index])
-            gradient = distillation_slope(logits.detach(), target[index], unlabelled[index], e.temperature, 1.0)
+            gradient = distillation_gradient(logits.detach(), target[index], unlabelled[index], e.temperature, 1.0)
             logits.backward(gradient.div_(len(index)))
             step = model.gradient if task.shared is None else model.gradient * task.shared.to(weights.device)
             weights.sub_(step, alpha=e.lr)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from threading import Event
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlab_kit.compression.distill import distillation_slope, hard_slope
+from fedlab_kit.compression.distill import distillation_gradient, hard_gradient
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation import messages, setup
 from fedlab_kit.federation.devices import width
@@ -28,6 +30,26 @@ class Stopped(Exception):
     """Raised between two batches when somebody asked to stop; the round leaves no trace."""
 
 
+_stop: ContextVar[Event | None] = ContextVar("stop", default=None)
+
+
+@contextmanager
+def stoppable(stop: Event | None) -> Iterator[None]:
+    """Have every `pause` inside the block look at `stop`, which nobody hands down."""
+    token = _stop.set(stop)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
+
+
+def pause(seconds: float = 0.0) -> None:
+    """Wait so long, or between two batches not at all; raise `Stopped` as soon as somebody asks the round to stop."""
+    stop = _stop.get() or Event()
+    if stop.wait(seconds) if seconds else stop.is_set():
+        raise Stopped
+
+
 def client_step(
     experiment: Experiment | Task, round: int, client_id: int, broadcast: bytes, client_state: ClientState
 ) -> tuple[bytes, ClientState]:
@@ -42,46 +64,40 @@ def client_step(
 
 
 def cohort_step(
-    experiment: Experiment | Task,
-    round: int,
-    broadcasts: Mapping[int, bytes],
-    states: States,
-    stop: Event | None = None,
+    experiment: Experiment | Task, round: int, broadcasts: Mapping[int, bytes], states: States
 ) -> tuple[dict[int, bytes], dict[int, ClientState]]:
-    """Do `client_step` for several clients at once; `stop` is looked at before every batch (raises `Stopped`)."""
-    if not broadcasts:
-        return {}, {}
+    """Do `client_step` for several clients at once; raises `Stopped` before the next batch if asked, see `pause`."""
     task = setup.task(experiment)
     ids = sorted(broadcasts, key=lambda client: (-task.samples(client), client))
-    received = _open(task, ids, broadcasts, states)
+    received, payloads, after = _open(task, broadcasts, states), {}, {}
     task.fill_soft(ids)
-    cohort = _cohort(task, round, ids, received, states, stop)
-    cohort.train()
-    payloads, after = {}, {}
-    for k, (client, got) in enumerate(zip(ids, received, strict=True)):
-        trained, growth = cohort.weights[k], None
-        if got.mask is not None and grows(task.experiment, round):  # pruned weights grow back by their gradient
-            growth = dense_gradient(task, trained, cohort.state[k], client, got.mask)
-        change = trained.sub_(cohort.start[k])  # in place: these are the largest tensors of a round
-        update = ClientUpdate(task.samples(client), change, cohort.state[k], growth=growth)
-        update, memory = _finish(task, update, got, len(cohort.plans[k]), states[client])
-        payloads[client], after[client] = messages.pack_payload(task, round, client, update, got.mask, memory)
+    stack = task.model.stack if task.experiment.privacy != "record" else None
+    size = stack.stack_size if stack else 1
+    for first in range(0, len(ids), size):
+        cohort = _cohort(task, round, ids[first : first + size], received, states)
+        cohort.train()
+        for k, client in enumerate(cohort.ids):
+            trained, got, growth = cohort.weights[k], received[client], None
+            if got.mask is not None and grows(task.experiment, round):  # pruned weights grow back by their gradient
+                growth = dense_gradient(task, trained, cohort.state[k], client, got.mask)
+            change = trained.sub_(cohort.start[k])  # in place: these are the largest tensors of a round
+            update = ClientUpdate(task.samples(client), change, cohort.state[k], growth=growth)
+            update, memory = _finish(task, update, got, len(cohort.plans[k]), states[client])
+            payloads[client], after[client] = messages.pack_payload(task, round, client, update, got.mask, memory)
     task.model.check_constants()
     return payloads, after
 
 
-def _open(task: Task, ids: list[int], broadcasts: Mapping[int, bytes], states: States) -> list[Broadcast]:
+def _open(task: Task, broadcasts: Mapping[int, bytes], states: States) -> dict[int, Broadcast]:
     """Open the broadcasts; one that goes to several clients who hold no weights or mask is opened once."""
-    opened: dict[tuple[bytes, float], Broadcast] = {}
-    received = []
-    for client in ids:
-        message, memory = broadcasts[client], states[client]
-        if memory.keys() & {"copy", "mask", "own", "state"}:
-            received.append(messages.open_broadcast(task, client, message, memory))
-        else:
-            key = message, width(task, client)
-            opened[key] = opened.get(key) or messages.open_broadcast(task, client, message, {})
-            received.append(opened[key])
+    opened: dict[object, Broadcast] = {}
+    received = {}
+    for client, message in broadcasts.items():
+        held = states[client].keys() & {"copy", "mask", "own", "state"}
+        alike = client if held else (message, width(task, client))
+        if alike not in opened:
+            opened[alike] = messages.open_broadcast(task, client, message, states[client])
+        received[client] = opened[alike]
     return received
 
 
@@ -118,7 +134,7 @@ def plan(task: Task, round: int, client: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Clients in training, those with more samples first: row k of every [C, ...] is the client `ids[k]`.
+    """Clients that train together, as many as a stack takes, those with more samples first; row k is `ids[k]`.
 
     `plans` are their batches; `weights` [C, P] and `state` [C, S] are trained in place, `start` [C, P] is where they
     began, `shift` [C, P] what SCAFFOLD adds to the gradients (Karimireddy et al. 2020); `mask`, [P] or [C, P], marks
@@ -134,34 +150,22 @@ class Cohort:
     state: Tensor
     shift: Tensor | None
     mask: Tensor | None
-    stop: Event | None
 
     def train(self) -> None:
-        """Train all: stacked, a few at a time, where the model is on the fast path, else one by one by autograd."""
-        stack, private = self.task.model.stack, self.task.experiment.privacy == "record"
-        size = stack.stack_size if stack and not private else 1
-        for first in range(0, len(self.ids), size):
-            part = self._rows(slice(first, first + size))
-            if private:
-                part._train_privately()
-            elif stack:
-                part._train_stacked()
-            else:
-                part._train_alone()
-
-    def _rows(self, rows: slice) -> Cohort:
-        """Return a part of the cohort, in the same memory."""
-        names = ["ids", "plans", "start", "weights", "state", *(["shift"] if self.shift is not None else [])]
-        if self.mask is not None and self.mask.ndim == 2:
-            names.append("mask")
-        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+        """Train all: stacked where the model is on the fast path, else the one that there is, by autograd."""
+        if self.task.experiment.privacy == "record":
+            self._train_privately()
+        elif self.task.model.stack:
+            self._train_stacked()
+        else:
+            self._train_alone()
 
     def _train_stacked(self) -> None:
         """Train a few clients at once; a client that has done its batches leaves the stack."""
         task, e, stack = self.task, self.task.experiment, self.task.model.stack
         assert stack
         for step in range(len(self.plans[0])):
-            self._check_stop()
+            pause()
             rows = torch.from_numpy(np.stack([plan[step] for plan in self.plans if step < len(plan)])).to(e.device)
             valid, index = rows >= 0, rows.clamp(min=0)
             scale = (valid / valid.sum(1, keepdim=True))[..., None]
@@ -183,7 +187,7 @@ class Cohort:
         norms = [m for m in model.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         draws = self._begin()
         for batch in self.plans[0]:
-            self._check_stop()
+            pause()
             index = torch.from_numpy(batch[batch >= 0]).to(e.device)
             for norm in norms:  # a batch of one sample has no statistics of its own: BatchNorm uses the running ones
                 norm.train(len(index) > 1)
@@ -205,7 +209,7 @@ class Cohort:
         shard, rng = task.shards[self.ids[0]], rng_for(e, "private", self.round, self.ids[0])
         expected, draws = min(e.batch_size, len(shard)), self._begin()
         for _ in self.plans[0]:
-            self._check_stop()
+            pause()
             index = shard[poisson_sample(len(shard), expected / len(shard), rng)].to(e.device)
             correction = self._correction(self.weights)
             model.weights.copy_(weights)
@@ -225,17 +229,13 @@ class Cohort:
         rng = rng_for(self.task.experiment, "module", self.round, self.ids[0])
         return Draws(int(rng.integers(2**63)))
 
-    def _check_stop(self) -> None:
-        if self.stop is not None and self.stop.is_set():
-            raise Stopped
-
     def _loss_gradient(self, logits: Tensor, index: Tensor) -> Tensor:
         """Return each sample's gradient of the loss by its logits; both [..., classes], `index` [...] the samples."""
         task, labels = self.task, self.task.y[index]
         if task.soft is None:
-            return hard_slope(logits, labels)
+            return hard_gradient(logits, labels)
         e = task.experiment
-        return distillation_slope(logits, task.soft[index], labels, e.temperature, e.distill_weight)
+        return distillation_gradient(logits, task.soft[index], labels, e.temperature, e.distill_weight)
 
     def _correction(self, weights: Tensor) -> Tensor | None:
         """Return what the strategy adds to the gradients of the first clients, now at `weights` [rows, P]."""
@@ -250,20 +250,19 @@ class Cohort:
             weights.mul_(self.mask if self.mask.ndim == 1 else self.mask[: len(weights)])
 
 
-def _cohort(
-    task: Task, round: int, ids: list[int], received: list[Broadcast], states: States, stop: Event | None
-) -> Cohort:
-    """Return the cohort as it begins to train, from what each client received and kept."""
-    e, first, shift, mask = task.experiment, received[0].weights, None, received[0].mask
-    if all(got.weights is first for got in received):
+def _cohort(task: Task, round: int, ids: list[int], received: Mapping[int, Broadcast], states: States) -> Cohort:
+    """Return some clients as they begin to train, from what each received and kept."""
+    e, got = task.experiment, [received[client] for client in ids]
+    first, shift, mask = got[0].weights, None, got[0].mask
+    if all(one.weights is first for one in got):
         start = first.expand(len(ids), -1)  # everybody was sent the same: one copy in memory will do
     else:
-        start = torch.stack([got.weights for got in received])
+        start = torch.stack([one.weights for one in got])
     if e.strategy == "scaffold":
         own = [states[client].get("control", torch.zeros_like(first)).to(first.device) for client in ids]
-        shift = torch.stack([got.control - c for got, c in zip(received, own, strict=True) if got.control is not None])
+        shift = torch.stack([one.control - c for one, c in zip(got, own, strict=True) if one.control is not None])
     if e.devices == "sliced":
-        mask = torch.stack([torch.ones_like(first) if got.mask is None else got.mask.float() for got in received])
-    plans, state = [plan(task, round, client) for client in ids], torch.stack([got.state for got in received])
+        mask = torch.stack([torch.ones_like(first) if one.mask is None else one.mask.float() for one in got])
+    plans, state = [plan(task, round, client) for client in ids], torch.stack([one.state for one in got])
     weights = empty_aligned(start, *start.shape).copy_(start)
-    return Cohort(task, round, ids, plans, start, weights, state, shift, mask, stop)
+    return Cohort(task, round, ids, plans, start, weights, state, shift, mask)

@@ -83,31 +83,45 @@ class Part(NamedTuple):
 
 def payload_parts(task: Task, round: int, mask: Tensor | None) -> list[Part]:
     """Return what a client sends that trains the weights of `mask` [P]: all that leaves it, see `privacy.LEAVES`."""
-    e, size = task.experiment, task.model.layout.size
-    parts = [Part("update", _codec(task, e.uplink, e.uplink_keep), size, _travelling(task, mask)), *_state_part(task)]
-    if e.strategy == "scaffold":
-        parts.append(Part("control", make("fp32"), size, task.shared))
+    e = task.experiment
+    parts = _parts(task, "update", _codec(task, e.uplink, e.uplink_keep), mask)
     if mask is not None and grows(e, round):
         # Pruned entries compete to grow, and as many gradients are sent as will grow.
         candidates = task.model.prunable.cpu()
         where, wanted = candidates & ~mask.cpu(), exchanged(e, round) * int((candidates & mask.cpu()).sum())
         keep = min(1.0, max(1.0, wanted) / max(1, int(where.sum())))
-        parts.append(Part("growth", make("topk", keep=keep), size, where))
+        parts.append(Part("growth", make("topk", keep=keep), len(where), where))
     return parts
 
 
 def broadcast_parts(task: Task, contents: int, mask: Tensor | None) -> list[Part]:
     """Return what a broadcast of these contents holds behind the mask, which says what of the weights travels."""
-    e, size, teacher = task.experiment, task.model.layout.size, task.parents.teacher
+    e, teacher = task.experiment, task.parents.teacher
     codec = make("fp32") if contents & WHOLE else _codec(task, e.downlink, e.downlink_keep)
-    parts = [Part("weights", codec, size, _travelling(task, mask)), *_state_part(task)]
-    if e.strategy == "scaffold":
-        parts.append(Part("control", make("fp32"), size, task.shared))
+    parts = _parts(task, "weights", codec, mask)
     if contents & TEACHER and teacher is not None:
         parts.append(Part("teacher", make("fp32"), teacher.layout.size))
         if teacher.state_layout.size:
             parts.append(Part("teacher's state", Exact(teacher.whole), teacher.state_layout.size))
     return parts
+
+
+def _parts(task: Task, name: str, codec: Codec, mask: Tensor | None) -> list[Part]:
+    """Return what goes both ways: weights or their update, the state exactly, and SCAFFOLD's control as fp32.
+
+    Layers that clients keep to themselves (those outside `task.shared`) stay where they are, and so does their state.
+    """
+    size, state, own = task.model.layout.size, task.model.state_layout.size, task.shared
+    parts = [Part(name, codec, size, mask if own is None else own if mask is None else mask.cpu() & own)]
+    if state and own is None:
+        parts.append(Part("state", Exact(task.model.whole), state))
+    if task.experiment.strategy == "scaffold":
+        parts.append(Part("control", make("fp32"), size, own))
+    return parts
+
+
+def _codec(task: Task, name: str, keep: float) -> Codec:
+    return make(name, keep=keep, bucket=task.experiment.bucket, rounding=task.experiment.rounding)
 
 
 def pack_broadcast(
@@ -140,7 +154,7 @@ def open_broadcast(task: Task, client: int, message: bytes, memory: ClientState)
     if not message:
         raise PayloadError("an empty broadcast")
     contents, rest = message[0], message[1:]
-    mask = client_mask(task, client, memory.get("mask", first_mask(task)))
+    mask = client_mask(task, client, memory["mask"] if "mask" in memory else first_mask(task))
     if contents & MASK:
         bits, rest = unpack_first(rest, Bits(), size=size)
         mask = bits.bool()
@@ -175,7 +189,7 @@ def pack_payload(
     """Return the payload and what the client keeps: `memory`, with its new residual if it has one.
 
     An empty payload says that training diverged and there is nothing to send. What is right on average leaves no
-    residual worth keeping. Control variates travel as fp32.
+    residual worth keeping.
     """
     e, rng, after, frames = task.experiment, rng_for(task.experiment, "encode", round, client), dict(memory), []
     try:
@@ -209,18 +223,3 @@ def open_payload(task: Task, round: int, payload: bytes, mask: Tensor | None) ->
 def _unpack(message: bytes, parts: list[Part]) -> tuple[int, Mapping[str, Tensor]]:
     samples, vectors = unpack_all(message, [(part.codec, part.length) for part in parts])
     return samples, {part.name: part.spread(vector) for part, vector in zip(parts, vectors, strict=True)}
-
-
-def _travelling(task: Task, mask: Tensor | None) -> Tensor | None:
-    """Return which weights of a client's `mask` [P] travel: all but those of the layers that it keeps to itself."""
-    return mask if task.shared is None else task.shared if mask is None else mask.cpu() & task.shared
-
-
-def _codec(task: Task, name: str, keep: float) -> Codec:
-    return make(name, keep=keep, bucket=task.experiment.bucket, rounding=task.experiment.rounding)
-
-
-def _state_part(task: Task) -> list[Part]:
-    """Return how a model's state travels, exactly; [] where it has none or every client keeps its own."""
-    stays = task.shared is not None or not task.model.state_layout.size
-    return [] if stays else [Part("state", Exact(task.model.whole), task.model.state_layout.size)]

@@ -11,35 +11,43 @@ from typing import NamedTuple
 
 import torch
 
-from fedlab_kit.federation.client import Stopped, cohort_step
+from fedlab_kit.federation.client import Stopped, cohort_step, stoppable
 from fedlab_kit.federation.messages import ClientState
-from fedlab_kit.federation.server import RoundRecord, ServerState, answering, broadcast, select, server_step
+from fedlab_kit.federation.server import (
+    RoundRecord,
+    ServerState,
+    answering,
+    broadcast,
+    note_copies,
+    select,
+    server_step,
+)
 from fedlab_kit.federation.setup import Task
 
 
 class Exchanged(NamedTuple):
     """What came of a round's broadcasts, by client id.
 
-    `payloads` are the answers, `kept` what is remembered about clients until the next round; `silent` says why a
-    client that was expected to answer did not; `unreached` names those to whom the broadcast was never handed over.
+    `payloads` are the answers, `kept` what is to be remembered about clients if theirs counts; `silent` says why a
+    client that was expected to answer did not; `unreached` names those to whom the broadcast was never handed over,
+    `lost` those that have nothing left of earlier rounds and begin anew.
     """
 
     payloads: dict[int, bytes]
     kept: dict[int, ClientState]
     silent: dict[int, str]
     unreached: frozenset[int] = frozenset()
+    lost: frozenset[int] = frozenset()
 
 
-Exchange = Callable[[Task, int, Mapping[int, bytes], Mapping[int, ClientState], Event | None], Exchanged]
-"""(task, round, broadcasts, kept, stop) -> what came back: how messages travel between server and clients."""
+Exchange = Callable[[Task, int, Mapping[int, bytes], Mapping[int, ClientState]], Exchanged]
+"""(task, round, broadcasts, kept) -> what came back: how messages travel between server and clients."""
 
 
-def in_process(
-    task: Task, round: int, broadcasts: Mapping[int, bytes], kept: Mapping[int, ClientState], stop: Event | None
-) -> Exchanged:
+def in_process(task: Task, round: int, broadcasts: Mapping[int, bytes], kept: Mapping[int, ClientState]) -> Exchanged:
     """Hand the broadcasts to clients of this process, and train those that do not drop out together."""
     present = answering(task.experiment, round, sorted(broadcasts))
-    return Exchanged(*cohort_step(task, round, {c: broadcasts[c] for c in present}, kept, stop), {})
+    return Exchanged(*cohort_step(task, round, {c: broadcasts[c] for c in present}, kept), {})
 
 
 def play(
@@ -58,22 +66,24 @@ def play(
     while state.round < task.experiment.rounds and not (stop is not None and stop.is_set()):
         began = perf_counter()
         try:
-            with one_thread():
+            with one_thread(), stoppable(stop):
                 # 1. The server samples a cohort and sends it the model.
                 cohort = select(task.experiment, state.round + 1)
-                kept = {client: clients.get(client, {}) for client in cohort}
-                messages = broadcast(state, cohort, kept)
+                messages = broadcast(state, cohort)
                 # 2. Those who do not drop out train on their own samples and pack what changed.
-                came = exchange(task, state.round + 1, messages, kept, stop)
+                kept = {client: clients.get(client, {}) for client in cohort}
+                came = exchange(task, state.round + 1, messages, kept)
                 # 3. The server decodes and combines the updates. 4. It evaluates the new model.
                 sent = {client: b"" if client in came.unreached else m for client, m in messages.items()}
                 own = None if task.shared is None else {**clients, **came.kept}
-                state, record = server_step(state, sent, came.payloads, came.silent, own)
+                after, record = server_step(state, sent, came.payloads, came.silent, own)
+                note_copies(state, sent, record.answered, came.lost)
         except Stopped:
             return
         # What was refused did not happen: that client goes on from what it kept before.
-        counted = {client for client in came.kept if client in record.answered or client not in came.payloads}
-        clients.update({client: memory for client, memory in came.kept.items() if memory and client in counted})
+        clients.update({client: came.kept[client] for client in record.answered if came.kept.get(client)})
+        clients.update({client: {} for client in came.lost})
+        state = after
         yield state, replace(record, seconds=perf_counter() - began)
         if record.diverged:
             return

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from math import isfinite
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,15 +14,21 @@ from torch import Tensor
 
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation import setup
-from fedlab_kit.federation.aggregate import OptimizerState, aggregate, mean
+from fedlab_kit.federation.aggregate import OptimizerState, absurd, aggregate, mean
 from fedlab_kit.federation.devices import client_mask, lateness, width
 from fedlab_kit.federation.masking import adjusts, first_mask, next_mask
-from fedlab_kit.federation.messages import Broadcast, ClientState, ClientUpdate, open_payload, pack_broadcast
+from fedlab_kit.federation.messages import (
+    Broadcast,
+    ClientState,
+    ClientUpdate,
+    open_broadcast,
+    open_payload,
+    pack_broadcast,
+)
 from fedlab_kit.federation.setup import Evaluation, Task, rng_for
 from fedlab_kit.wire import PayloadError
 from fedlab_kit.wire.privacy import poisson_sample
 
-CROWD, ABSURD = 3, 100  # updates from which on one may be called absurd, and by how many medians
 FLAGS = ("has_mask", "has_teacher")  # optimizer state: which clients are known to have them, bool [clients]
 
 
@@ -35,7 +40,8 @@ class RoundRecord:
     not finite); `uplink_bytes` and `downlink_bytes` are the lengths of all payloads of this round; `seconds` is wall
     time; `cohort` the clients sampled, `uplinks` and `downlinks` the bytes of each of them, `answered` those whose
     update was used; `correct` and `total` count the validation samples per class (or per site); `refused` names the
-    clients whose payload could not be used or came late, with the reason; `note` says what else went wrong.
+    clients whose payload could not be used or came late, with the reason; `note` says what else went wrong; `recall` is
+    the share of each class that is answered right, None for a class of which nobody was held out.
     """
 
     round: int
@@ -54,6 +60,7 @@ class RoundRecord:
     downlinks: tuple[int, ...] = ()
     refused: tuple[tuple[int, str], ...] = ()
     note: str = ""
+    recall: tuple[float | None, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as a dictionary that JSON can hold."""
@@ -81,12 +88,15 @@ class ServerState:
 
     `weights` [P] is the global model; `optimizer` has, by name, what the strategy keeps (velocity; first and second
     moment; control), the model's `state`, the `mask`, and which clients have that and the teacher for certain.
+    `copies` is what each client holds of the model since its last answer counted, by id, where the downlink sends
+    differences: updated in place, for it may lie on a disk.
     """
 
     task: Task
     round: int
     weights: Tensor
     optimizer: OptimizerState = field(default_factory=dict)
+    copies: MutableMapping[int, ClientState] = field(default_factory=dict)
 
     @property
     def experiment(self) -> Experiment:
@@ -134,12 +144,8 @@ def answering(experiment: Experiment, round: int, ids: list[int]) -> list[int]:
     return [client for client, draw in zip(ids, draws, strict=True) if draw >= experiment.dropout]
 
 
-def broadcast(state: ServerState, ids: list[int], kept: Mapping[int, ClientState] | None = None) -> dict[int, bytes]:
-    """Return what each client of the cohort is sent.
-
-    `kept` is what is remembered about clients, by id. Its `copy` [P] are the weights that a client holds since it was
-    last sent something; both ends keep them for every downlink codec but fp32.
-    """
+def broadcast(state: ServerState, ids: list[int]) -> dict[int, bytes]:
+    """Return what each client of the cohort is sent: the model, or how it differs from the client's copy."""
     task, optimizer, messages = state.task, state.optimizer, {}
     news = Broadcast(state.weights, state.state, optimizer.get("control"), optimizer.get("mask"))
     made: dict[object, bytes] = {}
@@ -148,10 +154,21 @@ def broadcast(state: ServerState, ids: list[int], kept: Mapping[int, ClientState
         # Clients who hold nothing and lack the same share one message.
         alike = (*lacks, width(task, client)) if state.experiment.downlink == "fp32" else client
         if alike not in made:
-            copy = (kept or {}).get(client, {}).get("copy")
+            copy = state.copies.get(client, {}).get("copy")
             made[alike] = pack_broadcast(task, state.round + 1, client, news, copy, *lacks)
         messages[client] = made[alike]
     return messages
+
+
+def note_copies(state: ServerState, sent: Mapping[int, bytes], answered: Iterable[int], lost: Iterable[int]) -> None:
+    """Note what clients hold after the round: those who `answered` open what was `sent`, and so does the server."""
+    if state.experiment.downlink == "fp32":
+        return
+    masked = {"mask": state.optimizer["mask"]} if "mask" in state.optimizer else {}
+    for client in answered:
+        got = open_broadcast(state.task, client, sent[client], {**state.copies.get(client, {}), **masked})
+        state.copies[client] = {"copy": got.weights.cpu()}
+    state.copies.update({client: {} for client in lost})
 
 
 def server_step(
@@ -218,6 +235,7 @@ def _record(
         total=result.total,
         refused=refused,
         note=note,
+        recall=result.recall,
     )
 
 
@@ -245,19 +263,6 @@ def _receive(
         del updates[client]
         refused[client] = why
     return updates, refused
-
-
-def absurd(updates: Mapping[int, ClientUpdate]) -> dict[int, str]:
-    """Return the clients, of three or more, one of whose vectors is above 100 times as long as the cohort's median."""
-    found: dict[int, str] = {}
-    for part in ("update", "state", "control") if len(updates) >= CROWD else ():
-        vectors = {client: getattr(update, part) for client, update in updates.items()}
-        lengths = {client: float(vector.norm()) for client, vector in vectors.items() if vector is not None}
-        usual = median(lengths.values()) if lengths else 0.0
-        for client, length in lengths.items():
-            if not length <= ABSURD * usual and usual > 0:
-                found[client] = f"its {part} is {length / usual:,.0f} times as long as the median of the cohort"
-    return found
 
 
 def _prune(

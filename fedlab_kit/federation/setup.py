@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from fedlab_kit import identity
 from fedlab_kit.compression.prune import prune
 from fedlab_kit.compression.quantize import parameter_dtypes, quantized
-from fedlab_kit.data import Dataset, Split, at_hand, load
+from fedlab_kit.data import Dataset, Split, check, load
 from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.flat_model import FlatModel
 from fedlab_kit.models import build
-from fedlab_kit.partition import held_out, partition
-from fedlab_kit.statistics import wilson
+from fedlab_kit.partition import OWN, data_of, held_out, shards_of
+from fedlab_kit.statistics import recall, wilson
 
 
 class Parents(NamedTuple):
@@ -124,7 +124,7 @@ class Task:
         After quantization-aware training that is the model on its grid, as it will be deployed.
         """
         logits, y = self.logits(self.on_grid(weights), split, state), split.y.to(self.experiment.device)
-        count = len(self.dataset.sites) if self.experiment.partition == "site" else len(self.dataset.classes)
+        count = len(self.dataset.sites if self.experiment.partition in OWN else self.dataset.classes)
         return Evaluation.of(logits, y, strata(self.experiment, split), count)
 
     def own_model(self, weights: Tensor, memory: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -152,18 +152,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Hits and samples per stratum, and the mean cross entropy in nats."""
+    """Hits and samples per stratum, the mean cross entropy in nats, and the recall of each class, see `recall`."""
 
     correct: tuple[int, ...]
     total: tuple[int, ...]
     loss: float
+    recall: tuple[float | None, ...]
 
     @classmethod
     def of(cls, logits: Tensor, y: Tensor, where: Tensor, strata: int) -> Evaluation:
         """Judge `logits` [n, classes] by the labels `y` [n]; `where` [n] is each sample's stratum."""
         hit, where = logits.argmax(1) == y, where.to(y.device)
         correct, total = (torch.bincount(found, minlength=strata).tolist() for found in (where[hit], where))
-        return cls(tuple(correct), tuple(total), float(F.cross_entropy(logits, y)))
+        each = recall(hit.cpu().numpy(), y.cpu().numpy(), logits.shape[1])
+        return cls(tuple(correct), tuple(total), float(F.cross_entropy(logits, y)), each)
 
     def accuracy(self) -> tuple[float, float, float]:
         """Return the share of hits in 0..1 and its 95 % interval: (accuracy, low, high)."""
@@ -172,11 +174,11 @@ class Evaluation:
 
 
 def strata(experiment: Experiment, split: Split) -> Tensor:
-    """Return the stratum [n] of each sample: its site if clients are sites, else its label.
+    """Return the stratum [n] of each sample: its site if clients are sites or hands, else its label.
 
     Clients that differ only in their label mix are told apart by weighing the classes; see `Run.client_accuracy`.
     """
-    return split.site if experiment.partition == "site" and split.site is not None else split.y
+    return split.site if experiment.partition in OWN and split.site is not None else split.y
 
 
 def rng_for(experiment: Experiment, purpose: str, *where: int) -> np.random.Generator:
@@ -197,7 +199,8 @@ def task(experiment: Experiment | Task, parents: Parents | None = None) -> Task:
 
 @lru_cache(maxsize=8)
 def _task(experiment: Experiment, parents: Parents, makers: object, thread: int) -> Task:
-    e, dataset = experiment, at_hand(experiment)
+    check(experiment)
+    e, dataset = experiment, data_of(experiment)
     model = FlatModel(_module(e, parents, dataset), dataset.preprocess(dataset.train.x[:8]), e.device)
     if model.state_layout.size and e.privacy != "off" and e.normalization == "shared":
         raise ValueError(
@@ -207,7 +210,7 @@ def _task(experiment: Experiment, parents: Parents, makers: object, thread: int)
         )
     if e.qat != "off":
         _round_frozen(model, e)
-    shards = partition(dataset, e.partition, e.clients, e.alpha, e.seed)
+    shards = shards_of(e)
     own = e.normalization == "own"
     if own and not (model.norms or model.state_layout.size):
         raise ValueError(f"normalization must be shared for model {e.model!r}, which has no such layer")

@@ -10,7 +10,7 @@ from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.server import RoundRecord
 from fedlab_kit.lab import clients
 from fedlab_kit.lab.canvas import to_html
-from fedlab_kit.partition import label_counts, partition
+from fedlab_kit.partition import label_counts, shards_of
 
 MOST = 100  # clients who can be told apart in a picture
 
@@ -18,8 +18,7 @@ MOST = 100  # clients who can be told apart in a picture
 def labels_held(e: Experiment) -> str:
     """Draw how many samples of which label each client holds. Raises ValueError when they cannot be dealt out."""
     dataset = load(e.dataset)
-    shards = partition(dataset, e.partition, e.clients, e.alpha, e.seed)
-    counts = label_counts(dataset.train.y, shards, len(dataset.classes)).tolist()
+    counts = label_counts(dataset.train.y, shards_of(e), len(dataset.classes)).tolist()
     figure = clients.label_counts(counts, dataset.classes, client_names(e))
     return to_html(figure, clients.describe_labels(counts, dataset.classes))
 

@@ -28,7 +28,7 @@ class ClientShelf:
         """Show both; that of the labels only where the data set is `at_hand`, not to be fetched first."""
         if not is_open(self.widget):
             return
-        dealt = (asked.dataset, asked.partition, asked.clients, asked.alpha, asked.seed, at_hand)
+        dealt = (asked.dataset, asked.partition, asked.clients, asked.alpha, asked.missing, asked.seed, at_hand)
         if self._dealt != dealt:
             self._dealt = dealt
             self.labels.value = _drawn(asked, labels_held) if at_hand else _note("Press Run to load the data set.")

@@ -21,6 +21,7 @@ CATALOGS: dict[str, Mapping[str, Any]] = {"dataset": DATASETS, "model": MODELS, 
 KNOB: dict[str, Any] = {"style": {"description_width": "150px"}, "layout": {"width": "260px"}}
 """The size of every control, so that they line up."""
 ON_OFF = (("on", True), ("off", False))
+CLASSES = tuple[int, ...]
 
 
 class Control:
@@ -75,6 +76,8 @@ class Control:
     def _field(self, value: Any) -> Any:
         options = dict.fromkeys([*_choices(self.info), value])
         named = ON_OFF if self.info.annotation is bool else list(options)
+        if self.info.annotation == CLASSES:
+            named = [(", ".join(map(str, some)) or "none", some) for some in options]
         return widgets.Dropdown(options=named, value=value, **self._look())
 
     def _row(self) -> Any:
@@ -170,6 +173,8 @@ def _choices(info: Any) -> list[Any]:
     """Return a Literal's values, yes and no, or the names in the field's catalog; nothing for any other field."""
     if info.annotation is bool:
         return [value for _, value in ON_OFF]
+    if info.annotation == CLASSES:  # none, or one of ten; more of them in code
+        return [(), *((label,) for label in range(10))]
     literal = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
     return [*literal, *CATALOGS.get(info.json_schema_extra["source"], ())]
 

@@ -14,7 +14,7 @@ from fedlab_kit.lab.canvas import html_table, human_bytes, human_ms, percent, wi
 from fedlab_kit.lab.marks import Mark, Marks
 from fedlab_kit.lab.wording import moment, origin
 from fedlab_kit.run import StoredRun
-from fedlab_kit.sweep import MEASURED
+from fedlab_kit.sweep import ENDS, MEASURED
 
 Row = dict[str, Any]
 LAST = 6  # points in the table
@@ -51,8 +51,7 @@ class Point:
             "model": self.run.experiment.model,
             **dict(self.recipe),
             **{field: figures[field] for field in MEASURED},
-            "low": figures["interval"][0],
-            "high": figures["interval"][1],
+            **dict(zip(ENDS, [*figures["interval"], *figures["lost_interval"]], strict=True)),
             "uplink_bytes": self.run.uplink_bytes,
             "downlink_bytes": self.run.downlink_bytes,
             "seconds": self.run.measured["seconds"],

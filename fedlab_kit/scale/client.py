@@ -1,4 +1,4 @@
-"""The client's side of the adapter: what Flower calls on a node when a round's broadcast arrives."""
+"""An experiment as the flat settings of a Flower run, and what Flower calls on a client's node."""
 
 from __future__ import annotations
 
@@ -13,15 +13,60 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load, save
 
+from fedlab_kit import catalog
 from fedlab_kit.experiment import Experiment
+from fedlab_kit.federation import setup
 from fedlab_kit.federation.client import client_step
 from fedlab_kit.federation.messages import ClientState
-from fedlab_kit.federation.server import answering, select
-from fedlab_kit.federation.setup import Parents, Task, task
+from fedlab_kit.federation.server import RoundRecord, answering, select
+from fedlab_kit.federation.setup import Parents, Task
 from fedlab_kit.identity import Unknowable
-from fedlab_kit.runs import find, identify, parents_of
+from fedlab_kit.runs import find, identify, parents_of, parts
 
 RECORD = "fedlab"  # the one record in every message, both ways
+NESTED = ("teacher", "start", "start_recipe", "missing")  # travel as JSON text, "" for none
+
+
+def write(experiment: Experiment) -> dict[str, Any]:
+    """Return the experiment as the flat settings of a Flower run."""
+    settings = experiment.changes()
+    return {name: json.dumps(value) if name in NESTED else value for name, value in settings.items()}
+
+
+def read(settings: Mapping[str, Any]) -> Experiment:
+    """Return the experiment that a run's settings describe. Raises ValueError naming a field that is wrong."""
+    values = dict(settings)
+    for name in NESTED:
+        text = values.pop(name, "")
+        if text:
+            values[name] = json.loads(text)
+    return Experiment(**values)
+
+
+def line(record: RoundRecord) -> str:
+    """Return one round in one line."""
+    said = [
+        f"round {record.round:3}",
+        f"accuracy {record.accuracy:6.1%}",
+        f"answered {len(record.answered)} of {len(record.cohort)}",
+        f"up {record.uplink_bytes:,} B",
+        f"down {record.downlink_bytes:,} B",
+        f"{record.seconds:.1f} s",
+        *(f"client {client}: {why}" for client, why in record.refused),
+        *([record.note] if record.note else []),
+    ]
+    return " | ".join(said)
+
+
+def modules_of(experiment: Experiment) -> list[str]:
+    """Return the modules, beside the package, that hold what the experiment uses. ValueError if one is no module."""
+    own = {thing.__module__: thing.__qualname__ for thing in parts(experiment) if not catalog.is_built_in(thing)}
+    if name := own.get("__main__"):
+        raise ValueError(
+            f"{name} is defined in a notebook or script: Flower's processes need it in a module of its own"
+        )
+    return sorted(set(own).union(*map(modules_of, experiment.parents)))
+
 
 client = ClientApp()
 
@@ -47,7 +92,7 @@ def answer(asked: Mapping[str, Any], shelf: RecordDict) -> dict[str, Any]:
     round, me = asked["round"], asked["client"]
     if me not in answering(experiment, round, select(experiment, round)):
         return {"dropped": True}
-    job = _task(experiment)
+    task = _task(experiment)
     try:
         name = f"{identify(experiment)}/{me}"
     except Unknowable:  # no store can keep it, but a shelf lasts for one run alone
@@ -56,7 +101,7 @@ def answer(asked: Mapping[str, Any], shelf: RecordDict) -> dict[str, Any]:
     if memory is None:
         return {"lost": asked["base"]}
     torch.set_num_threads(1)
-    payload, after = client_step(job, round, me, asked["broadcast"], memory)
+    payload, after = client_step(task, round, me, asked["broadcast"], memory)
     if after:
         _remember(shelf, name, asked["base"], round, after)
     return {"payload": payload, "keeps": bool(after)}
@@ -82,7 +127,7 @@ def _task(experiment: Experiment) -> Task:
     for parent in experiment.parents:
         if find(parent) is None:
             raise ValueError(f"the run that this experiment needs is not in this machine's store: {parent!r}")
-    return task(experiment, _parents(identify(experiment), experiment))
+    return setup.task(experiment, _parents(identify(experiment), experiment))
 
 
 @lru_cache(maxsize=8)

@@ -38,7 +38,7 @@ def exactly(body: bytes, length: int) -> bytes:
 
 
 def pack_digits(digits: NDArray[np.generic], base: int) -> bytes:
-    """Digits 0..base-1 as bytes, as many to a byte as fit: one of base 255, two of base 15, five of 3."""
+    """Digits 0..base-1 as bytes, as many to a byte as fit: one of base 255, two of 15, five of 3, eight of 2."""
     width = digits_per_byte(base)
     padded = np.zeros(-(-len(digits) // width) * width, np.uint8)
     padded[: len(digits)] = digits
@@ -71,14 +71,6 @@ def _digits_of_bytes(base: int) -> NDArray[np.uint8]:
     """Row b holds the digits that byte b stands for."""
     width = digits_per_byte(base)
     return (np.arange(base**width)[:, None] // base ** np.arange(width - 1, -1, -1) % base).astype(np.uint8)
-
-
-def unpack_bits(body: bytes, size: int) -> NDArray[np.uint8]:
-    """Exactly `size` bits of `np.packbits`, whose last byte is padded with zeros."""
-    bits = np.unpackbits(np.frombuffer(exactly(body, -(-size // 8)), np.uint8))
-    if bits[size:].any():
-        raise PayloadError("the padding after the bits is not zero")
-    return bits[:size]
 
 
 def pack_positions(positions: NDArray[np.int64], size: int) -> bytes:
@@ -136,20 +128,14 @@ def unpack_scales(body: bytes, count: int) -> NDArray[np.float32]:
 
 def pack_count(count: int) -> bytes:
     """A whole number in as few bytes as it takes, seven bits a byte, the lowest first (LEB128)."""
-    head = bytearray()
-    while count >= 128:
-        head.append(count & 127 | 128)
-        count >>= 7
-    return bytes([*head, count])
+    sevens = [count >> shift & 127 for shift in range(0, max(1, count.bit_length()), 7)]
+    return bytes([*(seven | 128 for seven in sevens[:-1]), sevens[-1]])
 
 
 def unpack_count(body: bytes, most: int) -> tuple[int, int]:
     """A number of `pack_count` that is at most `most`, and how many bytes it took."""
-    count = 0
-    for place, byte in enumerate(body[:5]):
-        count |= (byte & 127) << 7 * place
-        if byte < 128:
-            if count > most or (place and not byte):
-                break
-            return count, place + 1
-    raise PayloadError(f"the number of values must be at most {most}")
+    end = next((place for place, byte in enumerate(body[:5], 1) if byte < 128), 0)
+    count = sum((byte & 127) << 7 * place for place, byte in enumerate(body[:end]))
+    if not end or count > most or pack_count(count) != body[:end]:
+        raise PayloadError(f"the number of values must be at most {most}")
+    return count, end

@@ -81,6 +81,7 @@ def codec(name: str, *, id: int | None = None) -> Callable[[AnyCodec], AnyCodec]
     """
 
     def register(cls: AnyCodec) -> AnyCodec:
+        """Give the class its name and id, and enter it among the codecs."""
         if not (isinstance(cls, type) and issubclass(cls, Codec)):
             raise ValueError(f"codec {name!r} must be a subclass of fk.Codec, got {cls!r}")
         if id is None and name in CODECS and CODECS[name].id < OWN_IDS:
@@ -108,11 +109,7 @@ class FP32(Codec):
     """The numbers themselves, little endian: the baseline that every other codec is compared with."""
 
     dtype: torch.dtype = torch.float32
-
-    @property
-    def unbiased(self) -> bool:
-        """Exact, or so nearly that no feedback is needed."""
-        return True
+    unbiased = True  # exact, or so nearly that no feedback is needed
 
     def encode(self, vector: Tensor, rng: Generator) -> bytes:
         """`dtype` for each entry; numbers outside its range become its largest."""
@@ -137,107 +134,100 @@ class FP16(FP32):
     dtype = torch.float16
 
 
-class Scaled(Codec):
-    """A scale for each bucket of neighbours, then a code for each entry, rounded to the nearest or stochastically."""
+class Grid(Codec):
+    """A bfloat16 scale for each bucket of neighbours, then a digit below `base` for each entry, several to a byte.
+
+    The digits are the whole numbers -levels..levels, times a step of scale / levels; the scale is the bucket's largest
+    magnitude, and zero stays zero. QSGD (Alistarh et al. 2017) with stochastic rounding.
+    """
+
+    base: int
 
     @property
     def unbiased(self) -> bool:
         """Stochastic rounding is right on average."""
         return self.rounding == "stochastic"
 
-    def _split(self, body: bytes, size: int) -> tuple[Floats, bytes]:
-        """The scale of each entry [size], and the codes behind the scales."""
-        count = -(-size // self.bucket)
-        return np.repeat(packing.unpack_scales(body, count), min(self.bucket, size))[:size], body[2 * count :]
-
-    def _scales(self, x: Floats) -> tuple[bytes, Floats]:
-        """The largest magnitude of each bucket, rounded upwards so that no code exceeds it: packed, and [P]."""
-        packed = packing.pack_scales(np.maximum.reduceat(np.abs(x), np.arange(0, len(x), self.bucket)), up=True)
-        return packed, self._split(packed, len(x))[0]
-
-
-class Grid(Scaled):
-    """Whole numbers -levels..levels times a step; each bucket has its own step, and zero stays zero.
-
-    The step is the bucket's largest magnitude / levels. QSGD (Alistarh et al. 2017) with stochastic rounding.
-    """
-
-    levels: int
-
     def encode(self, vector: Tensor, rng: Generator) -> bytes:
-        """A bfloat16 scale for each bucket, then the digits, as many to a byte as fit."""
+        """The scales, then the digits."""
         x = vector.numpy()
-        packed, scale = self._scales(x)
-        with np.errstate(invalid="ignore"):  # 0 / 0 in a bucket of zeros
-            ratio = np.nan_to_num(x / scale) * self.levels
-        lift = rng.random(len(x), np.float32) if self.rounding == "stochastic" else np.float32(0.5)
-        digits = np.floor(ratio + lift).clip(-self.levels, self.levels) + self.levels
-        return packed + packing.pack_digits(digits.astype(np.uint8), 2 * self.levels + 1)
+        scales = self._scales(x)
+        return scales + packing.pack_digits(self._digits(x, self._spread(scales, len(x)), rng), self.base)
 
     def decode(self, body: bytes, size: int) -> Tensor:
-        """Code times step."""
-        scale, codes = self._split(body, size)
-        digits = packing.unpack_digits(codes, 2 * self.levels + 1, size).astype(np.float32) - np.float32(self.levels)
-        return torch.from_numpy(digits * (scale / np.float32(self.levels)))
+        """What each digit stands for on the scale of its bucket."""
+        scale = self._spread(body, size)
+        digits = packing.unpack_digits(body[2 * -(-size // self.bucket) :], self.base, size)
+        return torch.from_numpy(self._values(digits, scale))
 
     def limit(self, size: int) -> int:
         """Exactly this many bytes."""
-        return 2 * -(-size // self.bucket) + -(-size // packing.digits_per_byte(2 * self.levels + 1))
+        return 2 * -(-size // self.bucket) + -(-size // packing.digits_per_byte(self.base))
+
+    def _scales(self, x: Floats) -> bytes:
+        """The largest magnitude of each bucket, packed; rounded upwards, so that no digit exceeds it."""
+        return packing.pack_scales(np.maximum.reduceat(np.abs(x), np.arange(0, len(x), self.bucket)), up=True)
+
+    def _spread(self, body: bytes, size: int) -> Floats:
+        """The scale of each entry [size], from the scales at the head of a body."""
+        scales = packing.unpack_scales(body, -(-size // self.bucket))
+        return np.repeat(scales, min(self.bucket, size))[:size]
+
+    def _digits(self, x: Floats, scale: Floats, rng: Generator) -> NDArray[Any]:
+        with np.errstate(invalid="ignore"):  # 0 / 0 in a bucket of zeros
+            ratio = np.nan_to_num(x / scale) * (levels := self.base // 2)
+        lift = rng.random(len(x), np.float32) if self.rounding == "stochastic" else np.float32(0.5)
+        return np.floor(ratio + lift).clip(-levels, levels) + levels
+
+    def _values(self, digits: NDArray[np.uint8], scale: Floats) -> Floats:
+        levels = np.float32(self.base // 2)
+        return (digits.astype(np.float32) - levels) * (scale / levels)
 
 
 @codec("int8", id=3)
 class Int8(Grid):
     """A byte for each entry: 255 values."""
 
-    levels = 127
+    base = 255
 
 
 @codec("int4", id=4)
 class Int4(Grid):
     """Half a byte for each entry: 15 values."""
 
-    levels = 7
+    base = 15
 
 
 @codec("ternary", id=5)
 class Ternary(Grid):
     """Minus, zero or plus: 1.6 bits for each entry. TernGrad (Wen et al. 2017) with stochastic rounding."""
 
-    levels = 1
+    base = 3
 
 
 @codec("sign", id=6)
-class Sign(Scaled):
-    """One bit for each entry and a scale for each bucket; only a bucket of zeros stays zero.
+class Sign(Grid):
+    """One bit for each entry, 1 for plus, and a scale for each bucket; only a bucket of zeros stays zero.
 
     Nearest: the sign times the bucket's mean magnitude (Karimireddy et al. 2019; needs error feedback).
     Stochastic: plus or minus the bucket's largest magnitude, with the chances that make it right on average.
     """
 
-    def encode(self, vector: Tensor, rng: Generator) -> bytes:
-        """A bfloat16 scale for each bucket, then the bits, 1 for plus."""
-        x = vector.numpy()
-        packed, scale = self._scales(x)
+    base = 2
+
+    def _digits(self, x: Floats, scale: Floats, rng: Generator) -> NDArray[Any]:
         threshold = scale * (2 * rng.random(len(x), np.float32) - 1) if self.rounding == "stochastic" else 0
-        return packed + np.packbits(x > threshold).tobytes()
+        return x > threshold
 
-    def decode(self, body: bytes, size: int) -> Tensor:
-        """Sign times scale."""
-        scale, codes = self._split(body, size)
-        return torch.from_numpy(np.where(packing.unpack_bits(codes, size), scale, -scale))
+    def _values(self, digits: NDArray[np.uint8], scale: Floats) -> Floats:
+        return np.where(digits, scale, -scale)
 
-    def limit(self, size: int) -> int:
-        """Exactly this many bytes."""
-        return 2 * -(-size // self.bucket) + -(-size // 8)
-
-    def _scales(self, x: Floats) -> tuple[bytes, Floats]:
-        """The largest (stochastic) or mean (nearest) magnitude of each bucket: packed, and [P]."""
+    def _scales(self, x: Floats) -> bytes:
         if self.rounding == "stochastic":
             return super()._scales(x)
         starts = np.arange(0, len(x), self.bucket)
         means = np.add.reduceat(np.abs(x), starts, dtype=np.float64) / np.diff(starts, append=len(x))
-        packed = packing.pack_scales(means.astype(np.float32), up=False)
-        return packed, self._split(packed, len(x))[0]
+        return packing.pack_scales(means.astype(np.float32), up=False)
 
 
 @codec("topk", id=7)
@@ -305,12 +295,12 @@ class Bits(Codec):
     name, id = "bits", 20
 
     def encode(self, vector: Tensor, rng: Generator) -> bytes:
-        """Eight entries to a byte, the last byte padded with zeros."""
-        return np.packbits(vector.numpy() != 0).tobytes()
+        """One bit for each entry; the last byte is padded with zeros."""
+        return packing.pack_digits(vector.numpy() != 0, 2)
 
     def decode(self, body: bytes, size: int) -> Tensor:
         """Zeros and ones as float32."""
-        return torch.from_numpy(packing.unpack_bits(body, size).astype(np.float32))
+        return torch.from_numpy(packing.unpack_digits(body, 2, size).astype(np.float32))
 
     def limit(self, size: int) -> int:
         """Exactly this many bytes."""

@@ -38,17 +38,13 @@ NOISED, DERIVED, TRUSTED = "clipped and noised", "made of noised values alone", 
 REFUSED, OUTSIDE = "refused", "outside epsilon"
 
 
-def _always(experiment: Experiment, recipe: Recipe) -> bool:
-    return True
-
-
 class Leaving(NamedTuple):
     """A kind of number that leaves a client: what becomes of it at client and at record level, when, its own frame?"""
 
     name: str
     client: str
     record: str
-    when: Callable[[Experiment, Recipe], bool] = _always
+    when: Callable[[Experiment, Recipe], bool] = lambda experiment, recipe: True
     frame: bool = False
 
 
