@@ -21,7 +21,7 @@ import fedlab_kit as fk
 from fedlab_kit.compression.quantize import grid_codes
 from fedlab_kit.data import Preprocess
 from fedlab_kit.deployment import artifact as artifact_module
-from fedlab_kit.deployment import convert, measure, onnx_export, static
+from fedlab_kit.deployment import calibration, convert, measure, onnx_export
 from fedlab_kit.deployment.artifact import compress, load, slug
 from fedlab_kit.statistics import paired_loss
 
@@ -101,7 +101,7 @@ def test_a_large_file_is_packed_at_the_quick_level_and_says_so(
     run: fk.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = compress(run, RECIPES[1], tmp_path)
-    monkeypatch.setattr(artifact_module, "LARGE", small.bytes - 1)
+    monkeypatch.setattr(measure, "LARGE", small.bytes - 1)
     large = compress(run, RECIPES[1], tmp_path)
     assert (small.card["zstd_level"], large.card["zstd_level"]) == (18, 3) and large.bytes == small.bytes
     packed = large.path.with_name(large.path.name + ".zst").read_bytes()
@@ -213,7 +213,7 @@ def test_a_swapped_graph_is_never_trusted_blindly(run: fk.Run, tmp_path: Path) -
 
 def test_the_exported_codes_are_those_of_the_grid(run: fk.Run) -> None:
     graph = onnx_export.export(run.model, run.dataset.preprocess, run.dataset.validation.x[:8])
-    ranges = static.calibrate(graph, [run.dataset.train.x[shard] for shard in run.shards])
+    ranges = calibration.calibrate(graph, [run.dataset.train.x[shard] for shard in run.shards])
     files = {
         "int8 static": convert.convert(graph, "int8", ranges),
         **{dtype: convert.convert(graph, dtype) for dtype in ("int8", "int4", "int2")},

@@ -11,9 +11,9 @@ from torch import nn
 
 from fedlab_kit.data import Preprocess, Split
 from fedlab_kit.deployment import measure
+from fedlab_kit.deployment.calibration import client_ranges
 from fedlab_kit.deployment.convert import convert
 from fedlab_kit.deployment.onnx_export import export
-from fedlab_kit.deployment.static import client_ranges
 
 RAW = torch.arange(12, dtype=torch.float32).reshape(4, 3)
 

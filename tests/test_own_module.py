@@ -252,6 +252,54 @@ def test_what_cannot_be_compressed_is_answered_in_one_line(name: str, runs_folde
     assert "\n" not in str(error.value) and not runs_folder.exists()
 
 
+class Words(nn.Module):
+    """A layer on whole numbers [n, 6], or on a series [n, 3, 2], and one logit a class."""
+
+    def __init__(self, layer: nn.Module, run: Any) -> None:
+        super().__init__()
+        self.layer, self.head, self.run = layer, nn.LazyLinear(2), run
+        self.eval()(torch.zeros(1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.run(self.layer, x).flatten(1))
+
+
+STUMBLES: dict[str, tuple[Any, str]] = {
+    "bag": (
+        lambda: Words(nn.EmbeddingBag(9, 4), lambda bag, x: bag(x.long().clamp(0, 8))),
+        "cannot be exported to ONNX: .*; layer is an EmbeddingBag: put an nn.Embedding and a mean there$",
+    ),
+    "projection": (
+        lambda: Words(nn.LSTM(2, 6, proj_size=3), lambda lstm, x: lstm(x.view(-1, 3, 2))[0]),
+        "cannot be exported to ONNX: .*; layer has a proj_size: leave that out$",
+    ),
+    "mask": (
+        lambda: Words(
+            nn.TransformerEncoder(nn.TransformerEncoderLayer(2, 1, 4, batch_first=True), 1),
+            lambda encoder, x: encoder(x.view(-1, 3, 2), mask=torch.ones(3, 3).triu(1).bool()),
+        ),
+        "cannot be exported to ONNX: .*; layer may take a mask: call it with is_causal= beside mask=$",
+    ),
+    "script": (
+        lambda: Words(torch.jit.script(nn.Linear(6, 4)), lambda layer, x: layer(x)),
+        "; layer is scripted: put the module itself in its place$",
+    ),
+    "weight norm": (
+        lambda: Words(nn.utils.weight_norm(nn.Linear(6, 4)), lambda layer, x: layer(x)),
+        "cannot be copied; layer has torch's old weight_norm: use torch.nn.utils.parametrizations.weight_norm$",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch itself warns of what is old
+@pytest.mark.parametrize("name", STUMBLES)
+def test_a_layer_that_others_stumble_over_is_named_with_what_to_do(name: str) -> None:
+    make, words = STUMBLES[name]
+    with pytest.raises(ValueError, match=words) as error:
+        fk.compress(make(), fk.Recipe(), dataset=dataset(6))
+    assert "\n" not in str(error.value)
+
+
 def test_wrong_arguments_are_named() -> None:
     net, run = nn.Linear(6, 2), fk.train(fk.Experiment(dataset="blobs", model="logistic", clients=2, rounds=1,
                                                        clients_per_round=2))  # fmt: skip

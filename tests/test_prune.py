@@ -14,10 +14,14 @@ from fedlab_kit.compression.prune import (
     prune_weights,
     random_mask,
     regrow,
-    sparsity,
 )
 from fedlab_kit.experiment import Recipe
 from fedlab_kit.federation.flat_model import FlatModel, Layout
+
+
+def sparsity(model: nn.Module) -> float:
+    weights = torch.cat([weight.flatten() for weight in prunable(model).values()])
+    return int((weights == 0).sum()) / len(weights)
 
 
 def test_weight_pruning_is_global_and_leaves_biases_and_the_original() -> None:

@@ -207,16 +207,30 @@ def test_a_rollback_to_a_damaged_version_leaves_the_current_one(registry):
 def test_damaged_books_are_named(registry):
     registry.promote(1, "first")
     registry.promote(2, "second")
-    event = registry.folder / "events" / "000001.json"
-    event.write_text('{"event": "prom')
-    with pytest.raises(StoreError, match=r"events/000001\.json is damaged"):
+    history = registry.folder / "history.jsonl"
+    first, second = history.read_text().splitlines()
+    history.write_text(f"{first[:-9]}\n{second}\n")
+    with pytest.raises(StoreError, match=r"history\.jsonl, line 1, is damaged"):
         _ = registry.current
-    event.unlink()
-    with pytest.raises(StoreError, match="event 1 is gone"):
-        _ = registry.current
+    history.write_text(f"{first}\n\n{second}\n")
+    with pytest.raises(StoreError, match=r"history\.jsonl, line 2, is damaged"):
+        registry.rollback("?")
     (registry.version(2).path / "version.json").write_text("[]")
-    with pytest.raises(StoreError, match=r"version\.json is damaged"):
+    with pytest.raises(StoreError, match=r"version\.json, line 1, is damaged"):
         _ = registry.versions
+
+
+def test_a_registry_with_a_file_for_each_event_goes_on(registry):
+    registry.promote(1, "first")
+    registry.promote(2, "second")
+    history, events = registry.folder / "history.jsonl", registry.folder / "events"
+    events.mkdir()
+    for number, line in enumerate(history.read_text().splitlines(), start=1):
+        (events / f"{number:06d}.json").write_text(line)
+    history.unlink()
+    assert registry.current.number == 2 and registry.rollback("back").number == 1
+    assert [event["why"] for event in registry.history] == ["first", "second", "back"]
+    assert len(history.read_text().splitlines()) == 3
 
 
 def test_two_processes_lose_nothing(artifacts, tmp_path):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fedlab_kit as fk
 from fedlab_kit.compression.quantize import grid_codes
 from fedlab_kit.data import Preprocess
-from fedlab_kit.deployment import convert, measure, onnx_export, static
+from fedlab_kit.deployment import calibration, convert, measure, onnx_export, static
 from fedlab_kit.deployment.artifact import slug
 
 METHODS = ("minmax", "percentile", "entropy")
@@ -132,7 +132,7 @@ def test_the_int8_file_says_what_the_float_file_says(name: str, capfd: pytest.Ca
     graph = exported(MODELS[name](), x)
     before = graph.SerializeToString(deterministic=True)
     capfd.readouterr()
-    quantized = static.quantize(graph, static.calibrate(graph, [x]))
+    quantized = static.quantize(graph, calibration.calibrate(graph, [x]))
     onnx.checker.check_model(quantized, full_check=True)
     assert off(quantized, graph, x) < 0.15
     fused, plain = logits(quantized, x), logits(quantized, x, optimize=False)
@@ -149,8 +149,8 @@ def test_weights_are_the_codes_of_the_grid(name: str, layers: int) -> None:
     x = raw(16)
     graph = exported(MODELS[name](), x)
     floats = measure.stored_weights(graph)
-    codes = {name: w for name, w in measure.stored_weights(static.quantize(graph, static.calibrate(graph, [x]))).items()
-             if w.dtype == np.int8}  # fmt: skip
+    quantized = static.quantize(graph, calibration.calibrate(graph, [x]))
+    codes = {name: w for name, w in measure.stored_weights(quantized).items() if w.dtype == np.int8}
     assert len(codes) >= layers
     for name, found in codes.items():
         weight = torch.from_numpy(floats[name.removesuffix("_quantized")].copy())
@@ -163,7 +163,7 @@ def test_weights_are_the_codes_of_the_grid(name: str, layers: int) -> None:
 def test_an_input_that_is_a_layers_own_is_measured_too(preprocess: Preprocess) -> None:
     model, x = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(40, 10)
     graph = onnx_export.export(model.eval(), preprocess, x[:8])
-    quantized = static.quantize(graph, static.calibrate(graph, [x]))
+    quantized = static.quantize(graph, calibration.calibrate(graph, [x]))
     assert {w.dtype for w in measure.stored_weights(quantized).values()} == {np.dtype(np.int8)}
     assert off(quantized, graph, x) < 0.15
 
@@ -182,14 +182,14 @@ def test_dead_layers_keep_the_bias_behind_them(method: Any) -> None:
         model[4].bias[3] = 5.0
     x = raw()
     graph = exported(model, x)
-    quantized = static.quantize(graph, static.calibrate(graph, [x], method))
+    quantized = static.quantize(graph, calibration.calibrate(graph, [x], method))
     np.testing.assert_allclose(logits(quantized, x), logits(graph, x), atol=0.02)
 
 
 def test_what_has_no_finite_range_stays_float() -> None:
     model, x = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(40, 10)
     graph = onnx_export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
-    ranges = static.calibrate(graph, [x])
+    ranges = calibration.calibrate(graph, [x])
     first = next(iter(ranges))
     for broken in (
         {**ranges, first: (np.float32(-np.inf), np.float32(1))},
@@ -201,7 +201,7 @@ def test_what_has_no_finite_range_stays_float() -> None:
     np.testing.assert_array_equal(logits(static.quantize(graph, {}), x), logits(graph, x))
     x[3, 2] = np.inf  # a sample of its own can do it as well
     for method in METHODS:
-        assert off(static.quantize(graph, static.calibrate(graph, [x], method)), graph, x[4:]) < 0.15
+        assert off(static.quantize(graph, calibration.calibrate(graph, [x], method)), graph, x[4:]) < 0.15
 
 
 @pytest.mark.parametrize("ends", [(0.4, 0.9), (-0.9, -0.4), (-0.5, 0.5)])
@@ -213,7 +213,7 @@ def test_limits_that_leave_zero_out_still_hold(ends: tuple[float, float]) -> Non
             nn.Conv2d(1, 8, 3), conv(8, 8), nn.Conv2d(8, 8, 3), *order, nn.Conv2d(8, 4, 4), nn.Flatten()
         )
         graph = exported(model, x)
-        assert off(static.quantize(graph, static.calibrate(graph, [x])), graph, x) < 0.2
+        assert off(static.quantize(graph, calibration.calibrate(graph, [x])), graph, x) < 0.2
 
 
 def test_a_product_with_factors_keeps_them() -> None:
@@ -223,12 +223,12 @@ def test_a_product_with_factors_keeps_them() -> None:
     [gemm] = [node for node in graph.graph.node if node.op_type == "Gemm"]
     [beta] = [item for item in gemm.attribute if item.name == "beta"]
     beta.f = 0.5
-    assert off(static.quantize(graph, static.calibrate(graph, [x])), graph, x) < 0.15
+    assert off(static.quantize(graph, calibration.calibrate(graph, [x])), graph, x) < 0.15
 
 
 def test_a_model_without_a_layer_to_quantize_stays_as_it_is() -> None:
     graph = exported(nn.Sequential(nn.Conv2d(1, 4, 12), nn.Flatten()), raw(8))
-    assert static.calibrate(graph, [raw(8)]) == {}
+    assert calibration.calibrate(graph, [raw(8)]) == {}
     np.testing.assert_array_equal(logits(static.quantize(graph, {}), raw(8)), logits(graph, raw(8)))
 
 
@@ -244,11 +244,11 @@ def test_ranges_are_those_of_onnxruntimes_calibrater(tmp_path: Path) -> None:
     torch.manual_seed(3)
     x = raw(48)
     graph = exported(Inception(), x)
-    onnx.save(static._plan(graph).graph, tmp_path / "float.onnx")
+    onnx.save(static.plan_int8(graph).graph, tmp_path / "float.onnx")
     calibrator = create_calibrator(tmp_path / "float.onnx", augmented_model_path=str(tmp_path / "augmented.onnx"))
     calibrator.collect_data(Batches(x))
     theirs = calibrator.compute_data()
-    ours = static.client_ranges(graph, x)
+    ours = calibration.client_ranges(graph, x)
     assert len(ours) >= 6
     for name, (low, high) in ours.items():
         np.testing.assert_allclose((low, high), np.ravel(theirs[name].range_value), rtol=1e-5, atol=1e-6)
@@ -259,8 +259,8 @@ def test_it_is_onnxruntimes_quantizer_called_plainly_with_biases_in_floats(tmp_p
     x = raw(48)
     graph = exported(nn.Sequential(conv(1, 8), nn.MaxPool2d(2), conv(8, 8), nn.Flatten(), nn.Linear(288, 4)), x)
     graph = convert.on_grid(graph, "int8")
-    ours = static.quantize(graph, static.calibrate(graph, [x]))
-    plan = static._plan(graph)
+    ours = static.quantize(graph, calibration.calibrate(graph, [x]))
+    plan = static.plan_int8(graph)
     quantize_static(
         plan.graph, tmp_path / "theirs.onnx", Batches(x), per_channel=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_quantize=[n.name for n in plan.nodes],
@@ -281,7 +281,7 @@ def test_pools_stay_where_they_are_quick_and_additions_beside_them() -> None:
     """Behind an int8 convolution a pool is int8 and its Relu before it, behind a float layer float and after it."""
     torch.manual_seed(3)
     graph = exported(Residual(), raw(16))
-    quantized = static.quantize(graph, static.calibrate(graph, [raw(16)]))
+    quantized = static.quantize(graph, calibration.calibrate(graph, [raw(16)]))
     behind: dict[str, list[str]] = {}
     for node in quantized.graph.node:
         for name in node.input:
@@ -297,18 +297,18 @@ def test_clients_together_are_one_client_with_all_samples(method: Any, sizes: li
     torch.manual_seed(3)
     x = raw(48)
     graph = exported(nn.Sequential(conv(1, 8), conv(8, 8), nn.Flatten(), nn.Linear(1152, 4)), x)
-    assert static.calibrate(graph, list(x.split(sizes)), method) == static.calibrate(graph, [x], method)
+    assert calibration.calibrate(graph, list(x.split(sizes)), method) == calibration.calibrate(graph, [x], method)
 
 
 def test_histograms_add_up_to_numpys() -> None:
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(3))
     model, preprocess = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), Preprocess(0.5, 2.0)
     graph = onnx_export.export(model.eval(), preprocess, x)
-    ranges = static.client_ranges(graph, x)
+    ranges = calibration.client_ranges(graph, x)
     first = next(iter(ranges))
-    parts = [static.client_histograms(graph, part, ranges) for part in x.split([7, 43])]
-    merged = static.merge_histograms(parts)
-    theirs = np.histogram(preprocess(x).numpy(), static.BINS, tuple(map(float, ranges[first])))[0]
+    parts = [calibration.client_histograms(graph, part, ranges) for part in x.split([7, 43])]
+    merged = calibration.merge_histograms(parts)
+    theirs = np.histogram(preprocess(x).numpy(), calibration.BINS, tuple(map(float, ranges[first])))[0]
     assert merged[first].sum() == 300
     assert np.abs(np.cumsum(merged[first]) - np.cumsum(theirs)).max() <= 1  # a value on an edge
     assert all(counts.dtype == np.int64 for counts in merged.values())
@@ -317,14 +317,14 @@ def test_histograms_add_up_to_numpys() -> None:
 def test_the_percentile_is_numpys_to_a_bin() -> None:
     values = np.random.default_rng(0).standard_gamma(2, 100_000).astype(np.float32) - 1
     span = (values.min(), values.max())
-    ranges, again = static.percentile_ranges({"v": static._counts(values, *span)}, {"v": span})
-    outside = (100 - static.PERCENTILE) / 2
-    bin_width = (span[1] - span[0]) / static.BINS
+    ranges, again = calibration.percentile_ranges({"v": calibration._counts(values, *span)}, {"v": span})
+    outside = (100 - calibration.PERCENTILE) / 2
+    bin_width = (span[1] - span[0]) / calibration.BINS
     np.testing.assert_allclose(ranges["v"], np.percentile(values, [outside, 100 - outside]), atol=1.01 * bin_width)
     assert not again
     wild = np.append(values, np.float32(1e6))
     span = (wild.min(), wild.max())
-    assert static.percentile_ranges({"v": static._counts(wild, *span)}, {"v": span})[1]
+    assert calibration.percentile_ranges({"v": calibration._counts(wild, *span)}, {"v": span})[1]
 
 
 def divergence_by_hand(counts: np.ndarray, first: int, last: int) -> float:
@@ -334,8 +334,8 @@ def divergence_by_hand(counts: np.ndarray, first: int, last: int) -> float:
     p[0] += float(counts[:first].sum())
     p[-1] += float(counts[last:].sum())
     q, size = [0.0] * len(p), len(p)
-    for level in range(static.LEVELS):
-        bins = range(size * level // static.LEVELS, size * (level + 1) // static.LEVELS)
+    for level in range(calibration.LEVELS):
+        bins = range(size * level // calibration.LEVELS, size * (level + 1) // calibration.LEVELS)
         held = [b for b in bins if p[b] > 0]
         for b in held:
             q[b] = max(sum(inside[b] for b in bins) / len(held), 1e-4)
@@ -347,13 +347,13 @@ def test_entropy_is_the_published_search(signed: bool) -> None:
     values = np.random.default_rng(1).laplace(size=20_000).astype(np.float32)
     values = values if signed else np.maximum(values, 0)
     span = (values.min(), values.max())
-    counts = static._counts(values, *span)
-    low, high = static.entropy_ranges({"v": counts}, {"v": span})["v"]
-    edges = np.linspace(*map(float, span), static.BINS + 1)
-    zero = static.BINS * -edges[0] / (edges[-1] - edges[0])
+    counts = calibration._counts(values, *span)
+    low, high = calibration.entropy_ranges({"v": counts}, {"v": span})["v"]
+    edges = np.linspace(*map(float, span), calibration.BINS + 1)
+    zero = calibration.BINS * -edges[0] / (edges[-1] - edges[0])
     parts = []
-    for width in range(static.LEVELS, static.BINS + 1, 8):
-        first = round(zero * (1 - width / static.BINS))
+    for width in range(calibration.LEVELS, calibration.BINS + 1, 8):
+        first = round(zero * (1 - width / calibration.BINS))
         parts.append((divergence_by_hand(np.sqrt(counts), first, first + width), edges[first], edges[first + width]))
     _, wanted_low, wanted_high = min(parts)
     assert (low, high) == pytest.approx((wanted_low, wanted_high), rel=1e-5, abs=1e-6)
@@ -375,7 +375,7 @@ def test_one_wild_value_ruins_extremes_alone() -> None:
     graph = onnx_export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
 
     def right(clients: list[Tensor], method: Any) -> float:
-        quantized = static.quantize(graph, static.calibrate(graph, clients, method))
+        quantized = static.quantize(graph, calibration.calibrate(graph, clients, method))
         return float((logits(quantized, x[200:]).argmax(1) == y[200:].numpy()).mean())
 
     held = float((logits(graph, x[200:]).argmax(1) == y[200:].numpy()).mean())
@@ -395,21 +395,21 @@ def test_a_layer_that_is_nearly_always_zero_keeps_its_range() -> None:
         model[0].weight.zero_(), model[0].bias.fill_(-1), model[0].weight[0, 0].fill_(1), model[0].bias[0].fill_(-2.5)
     graph = onnx_export.export(model.eval(), Preprocess(0.0, 1.0), x[:8])
     assert (model[0](x) > 0).float().mean() < 0.002
-    extremes = static.calibrate(graph, [x])
+    extremes = calibration.calibrate(graph, [x])
     hidden = list(extremes)[-1]
     for method in ("percentile", "entropy"):
-        assert static.calibrate(graph, [x], method)[hidden] == extremes[hidden]
+        assert calibration.calibrate(graph, [x], method)[hidden] == extremes[hidden]
 
 
 def test_calibration_needs_samples() -> None:
     graph = exported(nn.Sequential(nn.Flatten(), nn.Linear(144, 4)), raw(8))
     with pytest.raises(ValueError, match="calibration needs at least one sample"):
-        static.client_ranges(graph, raw(8)[:0])
+        calibration.client_ranges(graph, raw(8)[:0])
     for nobody in ([], [raw(8)[:0]]):
         with pytest.raises(ValueError, match="calibration needs at least one client"):
-            static.calibrate(graph, nobody)
-    some = static.calibrate(graph, [raw(8)[:0], raw(8)])  # a client without samples has nothing to say
-    assert some == static.calibrate(graph, [raw(8)])
+            calibration.calibrate(graph, nobody)
+    some = calibration.calibrate(graph, [raw(8)[:0], raw(8)])  # a client without samples has nothing to say
+    assert some == calibration.calibrate(graph, [raw(8)])
 
 
 def test_a_recipe_says_how_it_was_calibrated(tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_no_bias_is_rounded_away_by_the_runtime() -> None:
 
 def test_no_int8_file_holds_what_nobody_uses() -> None:
     graph = exported(nn.Sequential(conv(1, 8), conv(8, 8), nn.Flatten(), nn.Linear(1152, 4)), raw(16))
-    quantized = static.quantize(graph, static.calibrate(graph, [raw(16)]))
+    quantized = static.quantize(graph, calibration.calibrate(graph, [raw(16)]))
     used = {name for node in quantized.graph.node for name in node.input}
     assert {item.name for item in quantized.graph.initializer} <= used
     assert all(numpy_helper.to_array(item).size for item in quantized.graph.initializer)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch_pruning import importance
 
-from fedlab_kit.compression.dependency import CONV, LAST_AXIS, dependencies, without
+from fedlab_kit.compression.dependency import CONV, LAST_AXIS, dependencies, parts_of, squares, without
 from fedlab_kit.models import Draws, as_batch
 
 # Measured in onnxruntime: layers of 32 channels or more run in blocks, and with counts between the blocks a pruned
@@ -45,10 +45,7 @@ class Cut(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Layers that lose the same ones of `width` channels, as many from each of `parts` equal parts, by `cuts`.
-
-    Without cuts they keep all; `fault` says why where torch-pruning is to blame.
-    """
+    """Layers that lose the same of `width` channels by `cuts`, as many from each of `parts`, or none, by a `fault`."""
 
     layers: list[str]
     width: int
@@ -83,14 +80,11 @@ class ChannelPlan:
         """Say so when nothing goes, when torch-pruning leaves layers alone, and when other ratios give the same."""
         if not self.cuts:
             return "channel pruning removed nothing: too few channels outside the class outputs"
-        notes = []
-        if self.broken:
-            layers = f"torch-pruning would break {_some(self.broken)}"
-            notes.append(f"{layers}: they keep their channels, prune='weight' reaches them")
-        if self.alike:
-            least, most = min(self.ratio, *self.alike), max(self.ratio, *self.alike)
-            notes.append(f"any prune_ratio from {least:g} to {most:g} leaves the same widths")
-        return "; ".join(notes)
+        kept = "they keep their channels, prune='weight' reaches them"
+        broken = f"torch-pruning would break {_some(self.broken)}: {kept}" if self.broken else ""
+        ratios = sorted([self.ratio, *self.alike])
+        alike = f"any prune_ratio from {ratios[0]:g} to {ratios[-1]:g} leaves the same widths" if self.alike else ""
+        return "; ".join(filter(None, [broken, alike]))
 
     def __str__(self) -> str:
         lines = [f"{name:24} {before:5} -> {after:4} channels" for name, before, after in self.rows]
@@ -104,10 +98,9 @@ def plan_channels(
     """Plan the removal of the share `ratio` of channels from every layer but those that give the class outputs.
 
     By group magnitude, p = 2, the least important go, and all that depends on them. What is left of a layer of 32
-    channels or more is rounded to the nearest `multiple`, because the runtime works in blocks of channels (1: no
-    rounding, to see what it is good for); groups and heads keep their number. `inputs` is a preprocessed batch
-    [n, ...] or a sample's shape, `name` what errors call the model. Raises ValueError when a layer would lose all of
-    its channels, and when the network would break wherever one is removed.
+    channels or more is rounded to the nearest `multiple`, the runtime's blocks of channels (1: no rounding); groups and
+    heads keep their number. `inputs` is a preprocessed batch [n, ...] or a sample's shape, `name` what errors call the
+    model. Raises ValueError when a layer would lose all its channels, and when any cut would break the network.
     """
     sample = as_batch(inputs)[:2]
     sample = sample.to(next(model.parameters(), sample).device)
@@ -116,24 +109,21 @@ def plan_channels(
         try:
             groups = list(_groups(model, sample, ratio, multiple))[::-1]
         except Exception as error:  # whatever a library that follows autograd's graph may stumble on
-            raise ValueError(f"{remedy} cannot follow it ({_line(error)})") from error
+            raise ValueError(f"{remedy} cannot follow it ({first_line(error)})") from error
         for group in groups:
             if group.cuts and _kept(group, ratio, multiple) == 0:
-                raise ValueError(
-                    f"prune_ratio {ratio:g} would remove all {group.width} channels of layer {group.layers[0]!r}; "
-                    "choose a smaller one"
-                )
+                lost = f"all {group.width} channels of layer {group.layers[0]!r}"
+                raise ValueError(f"prune_ratio {ratio:g} would remove {lost}; choose a smaller one")
         groups = _sound(model, sample, groups)
     faults = {layer: group.fault for group in groups for layer in group.layers if group.fault}
     cuts = tuple(cut for group in groups for cut in group.cuts)
     if faults and not cuts:
         raise ValueError(f"{remedy} breaks {_some(tuple(faults))} ({next(iter(faults.values()))})")
 
-    def widths(ratio: float) -> list[int]:
-        return [_kept(group, ratio, multiple) for group in groups if not group.fault]
-
     knob = [step / 20 for step in range(1, 20)]
-    alike = tuple(other for other in knob if other != ratio and widths(other) == widths(ratio))
+    pruned = [group for group in groups if not group.fault]
+    widths = {each: [_kept(group, each, multiple) for group in pruned] for each in (ratio, *knob)}
+    alike = tuple(other for other in knob if other != ratio and widths[other] == widths[ratio])
     plan = ChannelPlan(ratio, (), tuple(faults), alike, cuts)
     return replace(plan, rows=_rows(model, prune_channels(model, plan), groups))
 
@@ -194,44 +184,24 @@ def _groups(model: nn.Module, sample: Tensor, ratio: float, multiple: int) -> It
             joined = any(dep.layer is entry for dep in shrinking)  # added to the inputs, which stay as they are
             group = group._replace(width=0) if joined else _proposal(graph, whole, names, group, ratio, multiple)
         except Exception as error:
-            group = group._replace(fault=_line(error))
+            group = group._replace(fault=first_line(error))
         yield group
 
 
 def _proposal(graph: Any, whole: Any, names: dict[Any, str], group: Group, ratio: float, multiple: int) -> Group:
     """Return the group with the cuts by which the least important channels go, at the same places in each part."""
-    group = group._replace(parts=math.lcm(*(_parts(dep.layer) for dep, _ in whole)))
+    group = group._replace(parts=math.lcm(*(parts_of(dep.layer) for dep, _ in whole)))
     size, gone = group.width // group.parts, group.width - _kept(group, ratio, multiple)
     if not gone:
         return group
+    root = whole[0].dep
     scores = importance.GroupMagnitudeImportance(p=2)(whole)
-    scores = _squares(whole[0].dep.layer) if scores is None else scores
+    scores = squares(root.layer) if scores is None else scores
     places = scores.view(group.parts, size).mean(0).argsort(stable=True)[: gone // group.parts].tolist()
     channels = [part * size + place for part in range(group.parts) for place in places]
-    root = whole[0].dep
     found = graph.get_pruning_group(root.layer, root.pruning_fn, sorted(channels))
     cuts = [Cut(names[d.layer], d.pruning_fn, d.target.pruning_dim, gone) for d, gone in found if d.layer in names]
     return group._replace(cuts=tuple(cuts))
-
-
-def _squares(layer: nn.Module) -> Tensor:
-    """Return each channel's sum of squared weights [width] for the layers that the library does not rate."""
-    if isinstance(layer, nn.Embedding):
-        return layer.weight.detach().square().sum(0)
-    if isinstance(layer, nn.RNNBase):
-        weights = [p.detach() for name, p in layer.named_parameters() if name.startswith("weight")]
-        return torch.cat([w.view(-1, layer.hidden_size, w.shape[1]).square().sum(0) for w in weights], 1).sum(1)
-    name = "out_proj.weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
-    return layer.get_parameter(name).detach().square().flatten(1).sum(1)
-
-
-def _parts(layer: Any) -> int:
-    """Into how many parts, which lose equally many, a layer or an operation of the graph divides its channels."""
-    if isinstance(layer, CONV):
-        return 1 if layer.groups == layer.out_channels else layer.groups  # depthwise ones follow their inputs
-    if sizes := getattr(layer, "split_sizes", None):
-        return len(sizes)
-    return getattr(layer, "num_groups", getattr(layer, "num_heads", 1))
 
 
 def _sound(model: nn.Module, sample: Tensor, groups: list[Group]) -> list[Group]:
@@ -277,7 +247,7 @@ def _fault(model: nn.Module, sample: Tensor, groups: list[Group]) -> str:
     except AssertionError:
         return "it answers something else"
     except Exception as error:
-        return _line(error)
+        return first_line(error)
     return ""
 
 
@@ -295,29 +265,32 @@ def _blank(whole: nn.Module, plan: ChannelPlan) -> None:
 
 def _affine(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Stand in for a normalization: its scale and bias alone, and for groups of channels a factor that tells which."""
-    x = args[0]
-    axes = (1, -1, *[1] * (x.ndim - 2)) if isinstance(layer, nn.GroupNorm) else (-1,)
+    x, parts = args[0], isinstance(layer, nn.GroupNorm)
+    axes = (1, -1, *[1] * (x.ndim - 2)) if parts else (-1,)
     x = x if layer.weight is None else x * layer.weight.reshape(axes)
     x = x if getattr(layer, "bias", None) is None else x + layer.bias.reshape(axes)
-    if isinstance(layer, nn.GroupNorm):
-        number = torch.arange(1, layer.num_groups + 1, device=x.device)
-        x = x * number.repeat_interleave(x.shape[1] // layer.num_groups).reshape(axes)
-    return x
+    number = torch.arange(1, layer.num_groups + 1, device=x.device) if parts else None
+    return x if number is None else x * number.repeat_interleave(x.shape[1] // len(number)).reshape(axes)
 
 
 def _rows(model: nn.Module, small: nn.Module, groups: list[Group]) -> tuple[tuple[str, int, int], ...]:
     meant = {layer for group in groups for layer in group.layers}
-    layers = ((name, layer, small.get_submodule(name)) for name, layer in model.named_modules() if name in meant)
-    return tuple((name, _width(layer), _width(smaller)) for name, layer, smaller in layers)
-
-
-def _width(layer: nn.Module) -> int:
-    return next(getattr(layer, width) for kind, width in WIDTHS.items() if isinstance(layer, kind))
+    before, after = (
+        {
+            name: getattr(layer, width)
+            for name, layer in network.named_modules()
+            for kind, width in WIDTHS.items()
+            if name in meant and isinstance(layer, kind)
+        }
+        for network in (model, small)
+    )
+    return tuple((name, width, after[name]) for name, width in before.items())
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's complaint, or its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

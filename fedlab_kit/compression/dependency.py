@@ -17,14 +17,10 @@ CONV, LAST_AXIS = nn.modules.conv._ConvNd, (nn.LayerNorm, nn.RMSNorm)
 
 
 def dependencies(model: nn.Module, sample: Tensor) -> tuple[Any, nn.Module, dict[Any, str]]:
-    """Return torch-pruning's graph of a copy of the model, the layer its inputs come from, and its parts' names.
-
-    `sample` is a preprocessed batch [n, ...]. Not for several threads at once.
-    """
+    """Return torch-pruning's graph of a copy, the layer its inputs [n, ...] come from, and its parts' names."""
     # the graph sees no inputs, and miscounts what is joined to them or joined and flattened: let layers stand there
-    entry = (
-        nn.SyncBatchNorm(sample.shape[1], eps=0.0) if sample.is_floating_point() and sample.ndim > 1 else nn.Identity()
-    )
+    numbers = sample.is_floating_point() and sample.ndim > 1
+    entry = nn.SyncBatchNorm(sample.shape[1], eps=0.0) if numbers else nn.Identity()
     whole = nn.ModuleDict({"entry": entry, "model": copy.deepcopy(model)}).requires_grad_(True).eval().to(sample.device)
     ends: list[Tensor] = []
     for layer in whole.modules():
@@ -45,9 +41,10 @@ def dependencies(model: nn.Module, sample: Tensor) -> tuple[Any, nn.Module, dict
         whole["joints"] = layers
 
         def forward(whole: nn.ModuleDict, sample: Tensor) -> list[Tensor]:
+            """The outputs, and what nobody reads."""
             ends.clear()
             with _Joints(iter(layers)):
-                return [whole["model"](whole["entry"](sample).clone()), *ends]  # the outputs, and what nobody reads
+                return [whole["model"](whole["entry"](sample).clone()), *ends]
 
         graph = DependencyGraph().build_dependency(whole, sample, forward, customized_pruners=own, verbose=False)
     parts = (*whole["model"].named_modules(), *whole["model"].named_parameters())
@@ -130,6 +127,26 @@ def _as_one(layer: nn.RNNBase, args: Any, outputs: Any) -> Any:
     final = state[0] if isinstance(state, tuple) else state
     hidden = output.select(-2 if layer.batch_first else 0, -1)[..., : final.shape[-1]].expand_as(final)
     return output, (hidden, hidden) if isinstance(state, tuple) else hidden
+
+
+def squares(layer: nn.Module) -> Tensor:
+    """Return each channel's sum of squared weights [width] for the layers that the library does not rate."""
+    if isinstance(layer, nn.Embedding):
+        return layer.weight.detach().square().sum(0)
+    if isinstance(layer, nn.RNNBase):
+        weights = [p.detach() for name, p in layer.named_parameters() if name.startswith("weight")]
+        return torch.cat([w.view(-1, layer.hidden_size, w.shape[1]).square().sum(0) for w in weights], 1).sum(1)
+    name = "out_proj.weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+    return layer.get_parameter(name).detach().square().flatten(1).sum(1)
+
+
+def parts_of(layer: Any) -> int:
+    """Into how many parts, which lose equally many, a layer or an operation of the graph divides its channels."""
+    if isinstance(layer, CONV):
+        return 1 if layer.groups == layer.out_channels else layer.groups  # depthwise ones follow their inputs
+    if sizes := getattr(layer, "split_sizes", None):
+        return len(sizes)
+    return getattr(layer, "num_groups", getattr(layer, "num_heads", 1))
 
 
 def without(tensor: Tensor, gone: Sequence[int], axis: int) -> Tensor:

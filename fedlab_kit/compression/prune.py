@@ -21,11 +21,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def prune(model: nn.Module, inputs: Tensor | Sequence[int], recipe: Recipe, name: str) -> tuple[nn.Module, str]:
-    """Return the model as the recipe prunes it, a copy, or itself at ratio 0; and what there is to note about that.
-
-    `inputs` is a preprocessed batch [n, ...] or a sample's shape, `name` what errors call the model. Raises ValueError
-    when a layer would be emptied, or torch-pruning breaks the network wherever it would remove a channel.
-    """
+    """Return the model as the recipe prunes it (at ratio 0 itself) and what to note; errors as in `plan_channels`."""
     if recipe.prune_ratio == 0:
         return model, ""
     if recipe.prune == "weight":
@@ -38,8 +34,7 @@ def prune(model: nn.Module, inputs: Tensor | Sequence[int], recipe: Recipe, name
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights that are pruned, by name: what is trained and has two dimensions or more; tied ones once.
 
-    Embeddings and tables of positions count. Biases and normalization do not, nor what a model of one's own holds as
-    a vector with axes of length one (a class token, a layer's scale).
+    Embeddings and tables of positions count; biases, normalization and vectors of a model's own (a class token) do not.
     """
     owners = dict(model.named_modules())
     found = {}
@@ -52,18 +47,9 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def sparsity(model: nn.Module) -> float:
-    """Return the share of zeros among all prunable weights."""
-    weights = prunable(model).values()
-    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
-
-
 @torch.no_grad()
 def prune_weights(model: nn.Module, ratio: float) -> nn.Module:
-    """Return a copy with the share `ratio` of all weights set to zero, the smallest magnitudes of the whole model.
-
-    Global magnitude pruning (Han et al. 2015). Raises ValueError when the ratio empties a whole layer.
-    """
+    """Return a copy, the share `ratio` of all weights zero: the smallest of the whole model (Han et al. 2015)."""
     from torch.nn.utils import parameters_to_vector
     from torch.nn.utils.prune import L1Unstructured
 
@@ -76,10 +62,8 @@ def prune_weights(model: nn.Module, ratio: float) -> nn.Module:
     parts = mask.split([weight.numel() for weight in weights.values()])
     for (name, weight), part in zip(weights.items(), parts, strict=True):
         if not weight.masked_fill_(part.view_as(weight) == 0, 0.0).any():
-            raise ValueError(
-                f"prune_ratio {ratio:g} would remove every weight of layer {name.removesuffix('.weight')!r}; "
-                "choose a smaller one"
-            )
+            lost = f"every weight of layer {name.removesuffix('.weight')!r}"
+            raise ValueError(f"prune_ratio {ratio:g} would remove {lost}; choose a smaller one")
     return pruned
 
 
@@ -101,18 +85,12 @@ def masked_share(mask: Tensor, candidates: Tensor) -> float:
 
 
 def magnitude_mask(weights: Tensor, candidates: Tensor, ratio: float) -> Tensor:
-    """Keep all but the share `ratio` of the `candidates` [P], those of smallest magnitude; bool [P], True = kept.
-
-    Ties fall in the order of the vector, so the count is exact.
-    """
+    """Keep all but the share `ratio` of the `candidates` [P], by magnitude, ties in order; bool [P], True = kept."""
     return shrink(torch.ones_like(candidates), weights.abs(), candidates, ratio)
 
 
 def shrink(mask: Tensor, scores: Tensor, candidates: Tensor, ratio: float) -> Tensor:
-    """Remove the lowest `scores` [P] from a mask until the share `ratio` of the `candidates` [P] is gone.
-
-    What is gone stays gone, more than the share too.
-    """
+    """Remove the lowest `scores` [P] from a mask until at least the share `ratio` of the `candidates` [P] is gone."""
     kept, total = mask & candidates, int(candidates.sum())
     return ~candidates | _largest(scores, kept, min(int(kept.sum()), total - round(ratio * total)))
 

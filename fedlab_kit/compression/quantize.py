@@ -1,11 +1,10 @@
 """One grid per dtype, shared by training and export, and fake quantization on it.
 
-The codes that training sees are the codes in the deployed file, bit for bit. Every weight has a grid, whatever its
-layer: a tensor of two dimensions or more has one scale for each index of its first axis, in `int8` such that the
-largest magnitude gets code 127 or -127, in `int4` and `int2` such that the largest value gets the lowest code, -8 or
--2, which takes a scale of either sign. That uses all codes, and keeps zero at code 0. Scales and biases are rounded
-to bfloat16: half of their bytes in the file are then zeros. Activations are not simulated in training; the static
-export quantizes them to 8 bits with ranges that the clients measure afterwards.
+The codes that training sees are those in the deployed file, bit for bit. A tensor of two dimensions or more has one
+scale for each index of its first axis: in `int8` the largest magnitude gets code 127 or -127, in `int4` and `int2` the
+largest value gets the lowest code, -8 or -2, which takes a scale of either sign, uses all codes and keeps zero at code
+0. Scales and biases are rounded to bfloat16: half of their bytes in the file are then zeros. Activations are not
+simulated; the static export quantizes them to 8 bits with ranges that the clients measure afterwards.
 """
 
 from __future__ import annotations
@@ -49,10 +48,7 @@ def bfloat16(values: Tensor) -> Tensor:
 
 
 def quantized(tensor: Tensor, dtype: str, channels: tuple[int, ...] = (0,)) -> Tensor:
-    """Return the values of a tensor in `dtype`, same shape: a weight's on its grid, "bf16" for a bias.
-
-    Raises ValueError on an unknown dtype.
-    """
+    """Return a tensor's values in `dtype`: a weight's on its grid, "bf16" for a bias. ValueError on an unknown one."""
     if dtype in LOWEST:
         codes, scale = grid_codes(tensor, dtype, channels)
         return codes.to(tensor.dtype) * scale
@@ -63,11 +59,7 @@ def quantized(tensor: Tensor, dtype: str, channels: tuple[int, ...] = (0,)) -> T
 
 
 def fake_quantize(weight: Tensor, dtype: str) -> Tensor:
-    """Round a weight to the grid of `dtype` and let the gradient pass as if nothing had happened.
-
-    The straight-through estimator of Bengio et al. 2013, as in quantization-aware training (Jacob et al. 2018).
-    The value is exactly the grid's, not weight + error.
-    """
+    """Round to the grid and let the gradient pass: straight-through (Bengio et al. 2013, Jacob et al. 2018)."""
     return quantized(weight.detach(), dtype) + (weight - weight.detach())
 
 

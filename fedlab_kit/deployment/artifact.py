@@ -10,33 +10,28 @@ from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from fedlab_kit import catalog, code_reading, data
+from fedlab_kit import catalog, data
+from fedlab_kit.code_reading import code_digest
 from fedlab_kit.compression.channels import TURN
 from fedlab_kit.compression.prune import prune
-from fedlab_kit.deployment import convert, measure, static
-from fedlab_kit.deployment.convert import OPSETS
+from fedlab_kit.deployment import calibration, convert, measure
+from fedlab_kit.deployment.measure import squeeze as squeeze
 from fedlab_kit.deployment.onnx_export import export
 from fedlab_kit.deployment.score import matrix, probabilities, read
-from fedlab_kit.deployment.subject import Subject, subject_of
+from fedlab_kit.deployment.subject import Subject, remedy, subject_of
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError, at, is_number, read_json, sweep_up, write_bytes, write_json
 from fedlab_kit.models import Draws, flops
 from fedlab_kit.partition import data_of
 from fedlab_kit.run import Run
 from fedlab_kit.settings import complaint
-from fedlab_kit.statistics import paired_loss, wilson
-from fedlab_kit.statistics import recall as recall_by_class
 from fedlab_kit.store import when_and_where
 
-LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
-LARGE, QUICK = 4_000_000, 3  # bytes above which level 18 takes seconds, and the level there: a quarter second for 44 MB
-SMALL, SHORT = 500_000, {"chain_log": 16, "hash_log": 16, "search_log": 4}  # above: within 0.3 % in half the time
 _PACKAGES = ("torch", "torch-pruning", "onnx", "onnxruntime", "zstandard")  # besides the code, they decide a file
 _SOURCES = {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}  # while it is what is loaded
 
@@ -45,17 +40,14 @@ _SOURCES = {file.name: file.read_bytes() for file in Path(__file__).parent.glob(
 class Artifact:
     """A deployed file and what was measured on it.
 
-    `bytes` is the file's size, `zstd_bytes` that of `<name>.onnx.zst` beside it. `accuracy` with its 95 % `interval` is
-    the runtime's on the validation split, `recall` that of each class there (None without a sample) and
-    `missing_recall` the mean over the classes that no client holds (None where all are held). `latency_ms` is one raw
+    `bytes` is the file's size, `zstd_bytes` that of `<name>.onnx.zst` beside it, `accuracy` with its 95 % `interval`
+    the runtime's on the validation split, `recall` that of each class there (None without a sample), `missing_recall`
+    the mean over classes that no client holds (None where all are held). `lost` is what the fp32 file of the same model
+    answers better, in points of accuracy on the same samples, with its 95 % interval `lost_interval` (paired, see
+    `statistics.paired_loss`); `changed` counts the samples that the two answer differently. `latency_ms` is one raw
     sample's median and `latency_spread_ms` the distance between its quartiles, `throughput` samples per second in
-    batches of 64, both with `threads` threads. `sparsity` is the share of zeros among the stored weights, `flops` those
-    of the float graph on one sample. `note` says when a recipe did not do what its name promises; `card` is the model
-    card that lies beside the file.
-
-    `lost` is what the fp32 file of the same model answers better, in points of accuracy on the same samples, with its
-    95 % interval `lost_interval` over samples (paired, see `statistics.paired_loss`); `changed` counts the samples that
-    the two files answer differently, to whosever advantage.
+    batches of 64. `sparsity` is the share of zeros among the stored weights, `flops` are the float graph's on one
+    sample. `note` says when a recipe did not do what its name promises; `card` is the model card beside the file.
     """
 
     path: Path
@@ -64,11 +56,11 @@ class Artifact:
     zstd_bytes: int
     accuracy: float
     interval: tuple[float, float]
+    recall: tuple[float | None, ...]
+    missing_recall: float | None
     lost: float
     lost_interval: tuple[float, float]
     changed: int
-    recall: tuple[float | None, ...]
-    missing_recall: float | None
     latency_ms: float
     latency_spread_ms: float
     throughput: float
@@ -84,7 +76,7 @@ class Artifact:
     @cached_property
     def session(self) -> Any:
         """The file opened in onnxruntime. Raises StoreError when it is no longer the one that was measured."""
-        return self._session or measure.open_session(_checked(self.path, self.digest))
+        return self._session or measure.open_session(_stored(self.path, self.digest)[0])
 
     @property
     def answers(self) -> np.ndarray:
@@ -127,7 +119,7 @@ class Artifact:
         accuracy, interval = measure.accuracy(self.session, self.dataset.filled("test"))
         opened = self.card.get("test", {}).get("opened", 0) + 1  # each look at it makes the next choice less blind
         self.card["test"] = {"accuracy": accuracy, "interval": list(interval), "opened": opened}
-        _write_card(self.path, self.card)
+        write_json(_beside(self.path)[0], self.card)
         return accuracy, interval
 
 
@@ -143,23 +135,22 @@ def compress(
     The same model and recipe give the same bytes. Where clients keep their normalization to themselves, `client` says
     whose model it is; its accuracy is then that on this client's part of the validation samples.
 
-    `model` may also be a trained module of one's own, float32, that maps prepared samples to logits: `dataset`, a
-    registered name or a Dataset, says what it is measured and calibrated on. It is not changed, and its files go to
-    `modules/` beside the runs, in a folder named by its digest.
-
-    Raises ValueError when the recipe or the model makes it impossible, StoreError when a file cannot be written;
-    nothing half-written stays behind. Threads take turns, and so nobody's latency is measured beside another's export.
+    `model` may also be a trained float32 module of one's own that maps prepared samples to logits, which is not
+    changed: `dataset`, a registered name or a Dataset, says what it is measured and calibrated on; its files go to
+    `modules/` beside the runs. Raises ValueError when the recipe or the model makes it impossible, StoreError when a
+    file cannot be written; nothing half-written stays behind. Threads take turns: no latency is measured meanwhile.
     """
     with TURN:
         subject = subject_of(model, client, dataset)
-        # what a module of one's own draws while it answers is not drawn from its owner's random numbers
-        with Draws(0).inside() if subject.facts["module"] else nullcontext():
+        with Draws(0).inside() if subject.facts["module"] else nullcontext():  # its owner's random numbers stay
             try:
                 return _compress(subject, recipe, folder)
             except (ValueError, OSError):
                 raise
             except Exception as error:  # another library's, on a network it does not know: in one line all the same
-                raise ValueError(f"model {subject.name} cannot be compressed so: {complaint(error)}") from error
+                raise ValueError(
+                    f"model {subject.name} cannot be compressed so: {complaint(error)}{remedy(subject.model)}"
+                ) from error
 
 
 def recall(
@@ -178,14 +169,19 @@ def recall(
     try:
         if not _same(card := read_json(card_file), subject, recipe):
             return None
-        check_card(card)
-        _checked(path, card["digest"])
+        _stored(path, card["digest"])
         if compressed.stat().st_size != card["measured"]["zstd_bytes"]:
             raise StoreError(f"{compressed} is cut or altered")
     except (OSError, TypeError, LookupError) as error:
         raise StoreError(f"{path} or a file beside it is cut or altered") from error
     found = _artifact(path, card, None, subject.dataset)
-    return found if card["machine"] == when_and_where()["machine"] else _timed_here(found, subject.held)
+    if card["machine"] == when_and_where()["machine"]:
+        return found
+    with TURN:
+        card["measured"] |= measure.speed(found.session, subject.held)
+    card |= when_and_where()
+    write_json(card_file, card)
+    return _artifact(path, card, found.session, subject.dataset)
 
 
 def _compress(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Artifact:
@@ -193,42 +189,43 @@ def _compress(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Ar
     model, pruning = prune(subject.model, sample, recipe, subject.name)
     converted = _converted(subject, recipe, model)
     path = _place(subject, recipe, folder)
+    card_file, compressed = _beside(path)
     sweep_up(path.parent, "*.onnx*")
     try:
         content = converted.SerializeToString(deterministic=True)
         write_bytes(path, content, listed=False)
         squeezed, level = squeeze(content)
-        write_bytes(_beside(path)[1], squeezed, listed=False)
+        write_bytes(compressed, squeezed, listed=False)
         session = measure.open_session(path)
-        classes = measure.answers(session, subject.held)
-        before = _baseline(subject, recipe, classes, folder)
-        whole, left = (sum(p.numel() for p in m.parameters()) for m in (subject.model, model))
+        answers = measure.answers(session, subject.held)
+        baseline = _baseline(subject, recipe, answers, folder)
+        missing = (subject.facts["experiment"] or {}).get("missing", ())
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (subject.model, model))
         card = {
-            **subject.facts,
-            **_about(subject, recipe),
+            **subject.about(recipe),
+            "accuracy_batch": measure.WHOLE,
             **_made_by(),
             "runtime": {"onnxruntime": f">={measure.oldest_runtime(converted)}"},
             "zstd_level": level,
-            "parameters_before": whole,
+            "parameters_before": before,
             "digest": hashlib.sha256(content).hexdigest(),
-            "answers": _packed(classes),
-            "baseline": _packed(before),
+            "answers": _packed(answers),
+            "baseline": _packed(baseline),
             "measured": {
                 "bytes": path.stat().st_size,
-                "zstd_bytes": _beside(path)[1].stat().st_size,
-                **_accuracy(classes, subject),
-                **_lost(before, classes, subject.held),
-                **_speed(session, subject.held),
+                "zstd_bytes": compressed.stat().st_size,
+                **measure.judged(answers, baseline, subject.held, len(subject.dataset.classes), missing),
+                **measure.speed(session, subject.held),
                 "sparsity": measure.sparsity(converted),
-                "parameters": left,
+                "parameters": after,
                 "flops": flops(model, sample),
-                "note": "; ".join(filter(None, [pruning, _note(recipe, converted), _unseen(recipe, model, converted)])),
+                "note": "; ".join(filter(None, [pruning, *_notes(recipe, model, converted)])),
             },
             **when_and_where(),
         }
-        _write_card(path, card)
+        write_json(card_file, card)
     except BaseException:
-        for file in (path, *_beside(path)):
+        for file in (path, card_file, compressed):
             file.unlink(missing_ok=True)
         raise
     return _artifact(path, card, session, subject.dataset)
@@ -236,29 +233,32 @@ def _compress(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Ar
 
 def load(path: Path | str) -> Artifact:
     """Open an artifact again. Raises StoreError, naming the file, when it or its card is missing, cut or altered."""
+    content, card = _stored(at(path))
+    return _artifact(at(path), card, measure.open_session(content), None)
+
+
+def _stored(path: Path, digest: str | None = None) -> tuple[bytes, dict[str, Any]]:
+    """Return an artifact's bytes and its card. Raises StoreError when they are not whole, or not those of `digest`."""
     try:
-        content, card = read(at(path))
+        content, card = read(path)
         check_card(card)
     except ValueError as error:
         raise StoreError(str(error)) from error
     except (TypeError, LookupError) as error:
         raise StoreError(f"the model card of {path} is damaged ({error}): compress again") from error
-    return _artifact(at(path), card, measure.open_session(content), None)
+    if digest not in (None, card["digest"]):
+        raise StoreError(f"{path} is another one than was measured: compress again")
+    return content, card
 
 
 def check_card(card: dict[str, Any]) -> None:
     """Raise TypeError or LookupError for a card that lacks a figure or a word, or has another type in its place."""
     measured = card["measured"]
     (low, high), (least, most) = measured["interval"], measured["lost_interval"]
-    numbers = [
-        low,
-        high,
-        least,
-        most,
-        *(measured[one.name] for one in fields(Artifact) if one.type in ("int", "float")),
-    ]
-    words = [card["when"], card["machine"], card["digest"], card["answers"], card["baseline"], measured["note"]]
+    numbers = [low, high, least, most]
+    numbers += [measured[one.name] for one in fields(Artifact) if one.type in ("int", "float")]
     numbers += [share for share in (*measured["recall"], measured["missing_recall"]) if share is not None]
+    words = [*(card[name] for name in ("when", "machine", "digest", "answers", "baseline")), measured["note"]]
     if not all(is_number(number) for number in numbers):
         raise TypeError(f"numbers are expected, got {numbers!r:.200}")
     if not all(isinstance(word, str) for word in words):
@@ -274,38 +274,16 @@ def slug(recipe: Recipe) -> str:
     return "-".join([*pruning, recipe.dtype, *how, *calibration])
 
 
-def squeeze(content: bytes) -> tuple[bytes, int]:
-    """Return a file's bytes as zstandard packs them, and its level: the best would take seconds for a large file."""
-    import zstandard
-
-    level = LEVEL if len(content) <= LARGE else QUICK
-    tables = SHORT if SMALL < len(content) <= LARGE else {}
-    settings = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(content), **tables)
-    return zstandard.ZstdCompressor(compression_params=settings).compress(content), level
-
-
 def _converted(subject: Subject, recipe: Recipe, model: nn.Module) -> Any:
     """Export a pruned model and convert it, for static int8 with the ranges that the clients measured."""
-    dataset, ranges = subject.dataset, None
-    graph = export(model, dataset.preprocess, dataset.validation.x)
+    graph, ranges = export(model, subject.dataset.preprocess, subject.dataset.validation.x), None
     if (recipe.dtype, recipe.quantization) == ("int8", "static"):
-        ranges = static.calibrate(graph, subject.calibration(), recipe.calibration)
+        ranges = calibration.calibrate(graph, subject.calibration(), recipe.calibration)
     return convert.convert(graph, recipe.dtype, ranges, recipe.keep)
 
 
 def _place(subject: Subject, recipe: Recipe, folder: Path | str | None) -> Path:
     return at(folder or subject.home / "artifacts") / f"{subject.stem}-{slug(recipe)}.onnx"
-
-
-def _checked(path: Path, digest: str) -> bytes:
-    """Return a file's bytes. Raises StoreError when they are not those of the digest."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path} cannot be opened: {error.strerror}") from error
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise StoreError(f"{path} is cut or altered: compress again")
-    return content
 
 
 def _artifact(path: Path, card: dict[str, Any], session: Any, dataset: data.Dataset | None) -> Artifact:
@@ -324,58 +302,6 @@ def _same(card: dict[str, Any], subject: Subject, recipe: Recipe) -> bool:
 def _effect(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe matters: how it would prune does not where it prunes nothing."""
     return {**recipe.in_effect(), "prune": recipe.prune_ratio and recipe.prune}
-
-
-@cache
-def _made_by() -> dict[str, Any]:
-    """What besides model and recipe decides a file and its figures, as it stands on the card."""
-    versions = {name: version(name) for name in _PACKAGES}
-    return {"code": code_reading.code_digest(_SOURCES), "versions": versions}
-
-
-def _about(subject: Subject, recipe: Recipe) -> dict[str, Any]:
-    """The part of the card that says what the file is and what to feed it."""
-    dataset = subject.dataset
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "data": {
-            "name": dataset.name,
-            "digest": dataset.digest,
-            "classes": list(dataset.classes),
-            "sites": list(dataset.sites),
-        },
-        "privacy": subject.privacy(recipe),
-        "preprocess": dataset.preprocess.to_dict(),
-        "input": {
-            "name": "x",
-            "dtype": str(dataset.train.x.dtype).removeprefix("torch."),
-            "batch": "any",
-            "shape": list(dataset.shape),
-            "features": list(dataset.features),
-            "meaning": "a batch of raw values as stored; the graph preprocesses them",
-        },
-        "accuracy_batch": measure.WHOLE,
-        "output": {"name": "logits", "shape": [len(dataset.classes)]},
-    }
-
-
-def _accuracy(classes: np.ndarray, subject: Subject) -> dict[str, Any]:
-    truth, missing = subject.held.y.numpy(), (subject.facts["experiment"] or {}).get("missing", ())
-    right = classes == truth
-    hits, each = int(right.sum()), recall_by_class(right, truth, len(subject.dataset.classes))
-    measured = [share for label in missing if (share := each[label]) is not None]
-    return {
-        "accuracy": hits / len(truth),
-        "interval": list(wilson(hits, len(truth))),
-        "recall": list(each),
-        "missing_recall": mean(measured) if measured else None,
-    }
-
-
-def _lost(before: np.ndarray, after: np.ndarray, held: data.Split) -> dict[str, Any]:
-    truth, changed = held.y.numpy(), int((before != after).sum())
-    share, low, high, _ = paired_loss(before == truth, after == truth)
-    return {"lost": 100 * share, "lost_interval": [100 * low, 100 * high], "changed": changed}
 
 
 def _baseline(subject: Subject, recipe: Recipe, answers: np.ndarray, folder: Path | str | None) -> np.ndarray:
@@ -407,55 +333,31 @@ def _unpacked(text: str) -> np.ndarray:
     return np.frombuffer(zlib.decompress(b64decode(text)), "<u4").astype(np.int64)
 
 
-def _speed(session: Any, held: data.Split) -> dict[str, Any]:
-    rows = np.arange(measure.BATCH) % len(held)
-    [one] = measure.latencies([session], held.x[:1])
-    [many] = measure.latencies([session], held.x[rows])
-    return {
-        "latency_ms": one.median * 1e3,
-        "latency_spread_ms": one.spread * 1e3,
-        "throughput": measure.BATCH / many.median,
-        "threads": measure.THREADS,
-    }
+@cache
+def _made_by() -> dict[str, Any]:
+    """What besides model and recipe decides a file and its figures, as it stands on the card."""
+    versions = {name: version(name) for name in _PACKAGES}
+    return {"code": code_digest(_SOURCES), "versions": versions}
 
 
-def _timed_here(artifact: Artifact, held: data.Split) -> Artifact:
-    """Measure an artifact's speed on this machine, write it on the card, and return the artifact with it."""
-    with TURN:
-        measured = {**artifact.card["measured"], **_speed(artifact.session, held)}
-    card = {**artifact.card, "measured": measured, **when_and_where()}
-    _write_card(artifact.path, card)
-    return _artifact(artifact.path, card, artifact.session, artifact.dataset)
-
-
-def _note(recipe: Recipe, converted: Any) -> str:
-    """Say so when the dtype did not reach all weights."""
-    weights = measure.stored_weights(converted).values()
-    if recipe.dtype in OPSETS and recipe.keep == "ends" and all(w.dtype == np.int8 for w in weights):
-        return f"keep='ends' leaves no layer for {recipe.dtype}: all weights are in int8"
-    stayed = sum(w.size for w in weights if w.dtype == np.float32)
-    if recipe.dtype == "fp32" or not stayed:
-        return ""
-    share = stayed / sum(w.size for w in weights)
-    return f"{share:.1%} of the weights stay fp32: their values are too large or too small for {recipe.dtype}"
-
-
-def _unseen(recipe: Recipe, model: nn.Module, converted: Any) -> str:
-    """Say so when weights are where no dtype reaches them and no zero is counted: a product of one's own, say."""
+def _notes(recipe: Recipe, model: nn.Module, converted: Any) -> list[str]:
+    """Say so when the dtype did not reach all weights, or when neither dtype nor sparsity sees some in the file."""
+    weights, notes = list(measure.stored_weights(converted).values()), []
+    seen, stayed = sum(w.size for w in weights), sum(w.size for w in weights if w.dtype == np.float32)
     asked = sum(p.numel() for p in model.parameters() if sum(size > 1 for size in p.shape) > 1)
-    seen = sum(w.size for w in measure.stored_weights(converted).values())
-    if seen >= asked or (recipe.dtype == "fp32" and not recipe.prune_ratio):
-        return ""
-    return (
-        f"{1 - seen / asked:.1%} of the weights are not seen in the file, by dtype and sparsity: they are used "
-        "otherwise than as a layer's weights, folded into others, or not at all"
-    )
+    if recipe.dtype in convert.OPSETS and recipe.keep == "ends" and all(w.dtype == np.int8 for w in weights):
+        notes.append(f"keep='ends' leaves no layer for {recipe.dtype}: all weights are in int8")
+    elif recipe.dtype != "fp32" and stayed:
+        why = f"their values are too large or too small for {recipe.dtype}"
+        notes.append(f"{stayed / seen:.1%} of the weights stay fp32: {why}")
+    if seen < asked and (recipe.dtype != "fp32" or recipe.prune_ratio):  # a product of one's own, say
+        notes.append(
+            f"{1 - seen / asked:.1%} of the weights are not seen in the file, by dtype and sparsity: they are used "
+            "otherwise than as a layer's weights, folded into others, or not at all"
+        )
+    return notes
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
     """The model card and the compressed form that belong to an artifact's file."""
     return path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.zst")
-
-
-def _write_card(path: Path, card: dict[str, Any]) -> None:
-    write_json(_beside(path)[0], card)

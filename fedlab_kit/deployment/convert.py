@@ -8,10 +8,9 @@ measures the activations of Linear layers as it runs; static int8 is in `deploym
 
 from __future__ import annotations
 
-import logging
+import copy
 import tempfile
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +19,16 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.compression.quantize import DTYPES, bfloat16, grid_codes, quantized, weight_dtypes
-from fedlab_kit.deployment.measure import WEIGHT_INPUTS
-from fedlab_kit.deployment.onnx_export import clean
+from fedlab_kit.deployment.measure import WEIGHT_INPUTS, attributes
+from fedlab_kit.deployment.onnx_export import clean, quiet
 from fedlab_kit.deployment.static import Ranges, quantize
 
 # tells onnxruntime's quantizers that shapes are there already, and that there is nothing to say about it
 _INFERRED = {"onnx.infer": "onnxruntime.quant", "onnx.quant.pre_process": "onnxruntime.quant"}
 
 OPSETS = {"int4": 21, "int2": 25}  # of ONNX, from which on there are tensors of these codes
-_LINEAR = ("Gemm", "MatMul")
-_BIASES = {**dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), 2), **dict.fromkeys(("LSTM", "GRU", "RNN"), 3)}
+_LINEAR, _RECURRENT = ("Gemm", "MatMul"), ("LSTM", "GRU", "RNN")
+_BIASES = {**dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), 2), **dict.fromkeys(_RECURRENT, 3)}
 
 
 def convert(graph: Any, dtype: str, ranges: Ranges | None = None, keep: str = "none") -> Any:
@@ -44,29 +43,17 @@ def convert(graph: Any, dtype: str, ranges: Ranges | None = None, keep: str = "n
         return clean(graph)
     converted = on_grid(graph, dtype, keep)
     if dtype == "int8":
-        with _logging_as_it_was():
+        with quiet():
             converted = _int8_dynamic(converted) if ranges is None else quantize(converted, ranges)
     store_codes(converted, dtype, keep)
     return clean(converted)
 
 
-@contextmanager
-def _logging_as_it_was() -> Iterator[None]:
-    """Undo what onnxruntime's quantizers do to everybody's logging: they set up the whole process's for themselves."""
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
-
-
 class Weight(NamedTuple):
-    """An initializer that layers multiply by, and the axes along which it has scales: those of its outputs."""
+    """A float initializer, and the axes along which it has scales where layers multiply by it: those of outputs."""
 
     initializer: Any
-    channels: tuple[int, ...]
+    channels: tuple[int, ...] = ()
 
     @property
     def values(self) -> Tensor:
@@ -75,11 +62,17 @@ class Weight(NamedTuple):
 
         return torch.from_numpy(numpy_helper.to_array(self.initializer).copy())
 
-    def fill(self, array: np.ndarray) -> None:
-        """Put other values in its place, also of another type."""
+    def fill(self, array: np.ndarray, name: str = "") -> None:
+        """Put other values in its place, also of another type, and under another name."""
         from onnx import numpy_helper
 
-        self.initializer.CopyFrom(numpy_helper.from_array(array, self.initializer.name))
+        self.initializer.CopyFrom(numpy_helper.from_array(array, name or self.initializer.name))
+
+
+def _floats(graph: Any) -> dict[str, Any]:
+    from onnx import TensorProto
+
+    return {item.name: item for item in graph.graph.initializer if item.data_type == TensorProto.FLOAT}
 
 
 def float_weights(graph: Any) -> dict[str, Weight]:
@@ -87,7 +80,7 @@ def float_weights(graph: Any) -> dict[str, Weight]:
 
     One with an infinite entry is none: it masks. Along `channels` lies the first axis that the tensor has in torch.
     """
-    stored = {item.name: item for item in _floats(graph) if len(item.dims) > 1}
+    stored = {name: item for name, item in _floats(graph).items() if len(item.dims) > 1}
     turned = {node.output[0]: node for node in graph.graph.node if node.op_type == "Transpose"}
     found: dict[str, Weight] = {}
     for node in graph.graph.node:
@@ -101,27 +94,17 @@ def float_weights(graph: Any) -> dict[str, Weight]:
     return found
 
 
-def _floats(graph: Any) -> list[Any]:
-    from onnx import TensorProto
-
-    return [item for item in graph.graph.initializer if item.data_type == TensorProto.FLOAT]
-
-
 def _channels(node: Any, turn: Any, axes: int) -> tuple[int, ...]:
     """The axes of outputs of a node's weight, before it is turned; a transposed convolution's and a table's first."""
     channels: tuple[int, ...] = (0,)
-    if node.op_type in ("LSTM", "GRU", "RNN"):
+    if node.op_type in _RECURRENT:
         channels = (0, 1)  # directions and gates
-    elif node.op_type == "MatMul" or (node.op_type == "Gemm" and not _is_transposed(node)):
+    elif node.op_type in _LINEAR and not attributes(node).get("transB"):
         channels = (*range(axes - 2), axes - 1)
     if turn is None:
         return channels
-    order = turn.attribute[0].ints if turn.attribute else range(axes)[::-1]
+    order = attributes(turn).get("perm", range(axes)[::-1])
     return tuple(order[axis] for axis in channels)
-
-
-def _is_transposed(gemm: Any) -> bool:
-    return any(attribute.name == "transB" and attribute.i for attribute in gemm.attribute)
 
 
 def on_grid(graph: Any, dtype: str, keep: str = "none") -> Any:
@@ -130,8 +113,7 @@ def on_grid(graph: Any, dtype: str, keep: str = "none") -> Any:
     Whoever quantizes these weights again, per channel and symmetrically, finds the same codes and scales. Biases are
     rounded to bfloat16; not for fp16, which rounds no more than it says.
     """
-    rounded = type(graph)()
-    rounded.CopyFrom(graph)
+    rounded = copy.deepcopy(graph)
     weights = float_weights(rounded)
     for name, chosen in weight_dtypes(weights, dtype, keep).items():
         values = quantized(weights[name].values, chosen, weights[name].channels)
@@ -139,7 +121,7 @@ def on_grid(graph: Any, dtype: str, keep: str = "none") -> Any:
             weights[name].fill(values.numpy())
     if dtype != "fp16":
         for bias in _biases(rounded, weights):
-            Weight(bias, ()).fill(bfloat16(Weight(bias, ()).values).numpy())
+            bias.fill(bfloat16(bias.values).numpy())
     return rounded
 
 
@@ -148,23 +130,20 @@ def _half_is_enough(values: Tensor, halves: Tensor) -> bool:
     return bool((halves - values).abs().max() <= values.abs().max() / 2**10)
 
 
-def _biases(graph: Any, weights: dict[str, Weight]) -> list[Any]:
+def _biases(graph: Any, weights: Container[str]) -> list[Weight]:
     """Return the float initializers that are added to what a layer makes of its weights."""
     products = {n.output[0] for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in weights}
-    names = {
-        n.input[_BIASES[n.op_type]] for n in graph.graph.node if len(n.input) > _BIASES.get(n.op_type, len(n.input))
-    }
+    names: set[str] = set()
     for node in graph.graph.node:
-        if node.op_type == "Add" and products.intersection(node.input):
+        if node.op_type in _BIASES:
+            names.update(node.input[_BIASES[node.op_type] :][:1])
+        elif node.op_type == "Add" and products.intersection(node.input):
             names.update(node.input)
-    return [item for item in _floats(graph) if item.name in names]
+    return [Weight(item) for name, item in _floats(graph).items() if name in names]
 
 
 def store_codes(graph: Any, dtype: str, keep: str = "none", only: Container[str] | None = None) -> None:
-    """Turn the float weights of a graph that is `on_grid` into codes, each decoded in front of its node, in place.
-
-    With `only`, that is done to weights of these names.
-    """
+    """Turn a graph's float weights that are `on_grid` into codes, in place; with `only`, those of these names."""
     from onnx.helper import find_min_ir_version_for
 
     weights = {name: weight for name, weight in float_weights(graph).items() if only is None or name in only}
@@ -187,9 +166,8 @@ def _half(weight: Weight) -> list[Any]:
     name, halves = weight.initializer.name, weight.values.half()
     if not torch.equal(halves.float(), weight.values):
         return []
-    weight.initializer.name = f"{name}_halves"
-    weight.fill(halves.numpy())
-    return [helper.make_node("Cast", [weight.initializer.name], [name], to=TensorProto.FLOAT)]
+    weight.fill(halves.numpy(), f"{name}_halves")
+    return [helper.make_node("Cast", [f"{name}_halves"], [name], to=TensorProto.FLOAT)]
 
 
 def _codes(graph: Any, weight: Weight, dtype: str) -> list[Any]:
@@ -197,11 +175,11 @@ def _codes(graph: Any, weight: Weight, dtype: str) -> list[Any]:
     from onnx import TensorProto, helper, numpy_helper
 
     name, (codes, scale) = weight.initializer.name, grid_codes(weight.values, dtype, weight.channels)
-    weight.initializer.name = f"{name}_codes"
-    weight.fill(codes.numpy().astype(helper.tensor_dtype_to_np_dtype(getattr(TensorProto, dtype.upper()))))
+    kind = helper.tensor_dtype_to_np_dtype(getattr(TensorProto, dtype.upper()))
+    weight.fill(codes.numpy().astype(kind), f"{name}_codes")
     graph.graph.initializer.append(numpy_helper.from_array(scale.numpy(), f"{name}_scale"))
     return [
-        helper.make_node("Cast", [weight.initializer.name], [f"{name}_float"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [f"{name}_codes"], [f"{name}_float"], to=TensorProto.FLOAT),
         helper.make_node("Mul", [f"{name}_float", f"{name}_scale"], [name]),
     ]
 
@@ -227,15 +205,12 @@ def _int8_dynamic(graph: Any) -> Any:
 
 
 def _quantize_lstm(graph: Any, node: Any) -> None:
-    """Put onnxruntime's LSTM on int8 in the place of a float one, its weights turned to [directions, inputs, gates].
-
-    onnxruntime's quantizer has one scale for each direction where training has one for each row of the weights.
-    """
+    """Put onnxruntime's LSTM on int8 there: its quantizer has a scale a direction, training one a row of weights."""
     from onnx import helper, numpy_helper
 
     known = float_weights(graph)
     weights = [known[name] for name in node.input[1:3] if name in known]
-    if len(weights) < 2 or any(attribute.name == "layout" and attribute.i for attribute in node.attribute):
+    if len(weights) < 2 or attributes(node).get("layout"):
         return
     node.input.extend([""] * (8 - len(node.input)))
     for weight in weights:
@@ -246,8 +221,7 @@ def _quantize_lstm(graph: Any, node: Any) -> None:
             node.input.append(f"{name}_{suffix}")
             graph.graph.initializer.append(numpy_helper.from_array(values, f"{name}_{suffix}"))
     node.op_type, node.domain = "DynamicQuantizeLSTM", "com.microsoft"
-    kept = [attribute for attribute in node.attribute if attribute.name != "layout"]
-    del node.attribute[:]
-    node.attribute.extend(kept)
+    for attribute in [attribute for attribute in node.attribute if attribute.name == "layout"]:
+        node.attribute.remove(attribute)
     if not any(opset.domain == node.domain for opset in graph.opset_import):
         graph.opset_import.append(helper.make_opsetid(node.domain, 1))

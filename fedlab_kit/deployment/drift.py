@@ -1,10 +1,9 @@
 """Has the mean of what comes in moved? One test for all features, at every look, with a shift that may be ignored.
 
-One test a feature, Kolmogorov and Smirnov's say, corrected for 30 features and hundreds of looks, sees a large shift
-as soon, but it takes the harmless difference between any two groups of patients for drift sooner or later
-(`python -m benchmarks drift` counts both). Here the distance of two means is measured in the directions of all
-features together (Mahalanobis), where a shift that breaks how features belong together is large, and it must exceed a
-tolerance before it counts.
+One test a feature, corrected for 30 features and hundreds of looks, sees a large shift as soon, but takes the harmless
+difference between any two groups of patients for drift sooner or later (`python -m benchmarks drift` counts both).
+Here the distance of two means is measured in the directions of all features together (Mahalanobis), where a shift that
+breaks how features belong together is large, and it must exceed a tolerance before it counts.
 """
 
 from __future__ import annotations
@@ -47,10 +46,7 @@ class Reference:
 
 
 def directions(references: Iterable[Reference]) -> np.ndarray:
-    """Return the matrix [d, d] that makes the features of all sites uncorrelated with unit variance.
-
-    Sites give the server their counts and scatters, which add up (the means differ from site to site and stay).
-    """
+    """Return the matrix [d, d] that makes all sites' features uncorrelated, of unit variance: scatters add up."""
     from sklearn.covariance import shrunk_covariance
 
     known = list(references)
@@ -82,9 +78,7 @@ class Look:
 class Drift:
     """The stream of one site against its reference; `looks` holds all of them, oldest first."""
 
-    def __init__(
-        self, reference: Reference, scale: np.ndarray, whiten: np.ndarray, tolerance: float = TOLERANCE
-    ) -> None:
+    def __init__(self, reference: Reference, scale: np.ndarray, whiten: np.ndarray, tolerance: float = TOLERANCE):
         self.looks: list[Look] = []
         self.patients = 0
         self._reference, self._scale, self._whiten, self._tolerance = reference, scale, whiten, tolerance
@@ -106,11 +100,8 @@ class Drift:
 
     def _look(self) -> Look:
         shift = np.mean(self._recent, axis=0)
-        distance = float(np.linalg.norm(shift @ self._whiten))
-        return Look(self.patients, distance, self._limit(), shift)
-
-    def _limit(self) -> float:
-        return limit(len(self._recent), self._reference.count, len(self._scale), self._tolerance)
+        bound = limit(len(self._recent), self._reference.count, len(self._scale), self._tolerance)
+        return Look(self.patients, float(np.linalg.norm(shift @ self._whiten)), bound, shift)
 
 
 @lru_cache(maxsize=4096)

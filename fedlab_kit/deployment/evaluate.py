@@ -42,8 +42,7 @@ def evaluate(artifacts: Mapping[str, Artifact] | Artifact, split: str = "validat
     Columns: `artifact`, `site`, `patients`, `positive`; `accuracy`, `auc`, `sensitivity`, `specificity`, `brier` (the
     Brier score) and `calibration` (mean risk minus the share that is positive), each with its 95 % interval in
     `<name>_low` and `<name>_high`, NaN where not estimable, which `note` explains; what the file costs (`latency_ms`,
-    `bytes`, `zstd_bytes`) and what its training sent, NaN for a module of one's own. Raises ValueError for an unknown
-    split or more than two classes.
+    `bytes`, `zstd_bytes`) and what its training sent, NaN for a module of one's own. ValueError for an unknown split.
     """
     import pandas
 
@@ -218,8 +217,7 @@ def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
     """Return each site's accuracy on its own validation samples, four ways; the last row is all patients together.
 
     Columns: `patients`; `alone` (a model of its own), `federated`, `tuned` (the federated model after `tuning` more
-    rounds at the site alone) and `pooled`. Each way passes over its data as often as the experiment does. Raises
-    ValueError unless the clients are sites.
+    rounds at the site alone) and `pooled`. Raises ValueError unless the clients are sites.
     """
     import pandas
 
@@ -234,9 +232,8 @@ def side_by_side(experiment: Experiment, tuning: int = 2) -> DataFrame:
         "tuned": [alone(experiment, site, together[site], tuning) for site in sites],
         "pooled": [whole] * len(sites),
     }
-    results = {
-        way: [task.evaluate(w, task.dataset.validation, state) for w, state in models] for way, models in ways.items()
-    }
+    held = task.dataset.validation
+    results = {way: [task.evaluate(w, held, state) for w, state in models] for way, models in ways.items()}
     patients = torch.tensor(results["pooled"][0].total)
     hits = {way: torch.tensor([found[site].correct[site] for site in sites]) for way, found in results.items()}
     table = {"patients": [*patients.tolist(), int(patients.sum())]}

@@ -1,4 +1,4 @@
-"""What is measured on a deployed file: accuracy, latency, and the zeros among its weights."""
+"""What is measured on a deployed file: accuracy, latency, size, and the zeros among its weights."""
 
 from __future__ import annotations
 
@@ -6,26 +6,33 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
-from pathlib import Path
-from statistics import quantiles
-from typing import Any, NamedTuple
+from statistics import fmean, quantiles
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from fedlab_kit.data import Split
-from fedlab_kit.statistics import wilson
+from fedlab_kit.deployment.score import THREADS
+from fedlab_kit.deployment.score import open_session as open_session
+from fedlab_kit.statistics import paired_loss, recall, wilson
 
-THREADS = 1  # of the runtime, in every measurement
+if TYPE_CHECKING:
+    pass
+
 BATCH = 64  # samples at once where throughput counts
 WHOLE = 100  # samples at once where accuracy counts: more are no quicker, and a large network's would fill the memory
+LEVEL = 18  # of zstandard: as small as 19 on these files (within 0.3 %) in half the time
+LARGE, QUICK = 4_000_000, 3  # bytes above which level 18 takes seconds, and the level there: a quarter second for 44 MB
+SMALL, SHORT = 500_000, {"chain_log": 16, "hash_log": 16, "search_log": 4}  # above: within 0.3 % in half the time
 RUNTIMES = (("1.17", 20, 9), ("1.18", 21, 10), ("1.21", 22, 10), ("1.23", 23, 11), ("1.24", 25, 13))
 """Releases of onnxruntime, and the newest opset and IR version that each opens: published (onnxruntime.ai, reference,
 compatibility), and tried here from 1.17.3 to 1.24.1."""
-SINCE = (
-    dict.fromkeys(("INT4", "UINT4"), "1.19") | {"8 bits": "1.23"} | dict.fromkeys(("INT2", "UINT2", "2 bits"), "1.24")
-)
+SINCE = {"INT4": "1.19", "UINT4": "1.19", "8 bits": "1.23", "INT2": "1.24", "UINT2": "1.24", "2 bits": "1.24"}
 """Kinds of stored codes, and of MatMulNBits, that need a later release than their opset; tried likewise."""
+
+
+Figures = dict[str, Any]
 
 
 class Timing(NamedTuple):
@@ -33,18 +40,6 @@ class Timing(NamedTuple):
 
     median: float
     spread: float
-
-
-def open_session(content: bytes | Path, optimize: bool = True) -> Any:
-    """Open a file or its bytes in onnxruntime, on the CPU, with one thread; without `optimize` as its nodes say."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = THREADS
-    options.log_severity_level = 3
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def oldest_runtime(graph: Any) -> str:
@@ -55,8 +50,7 @@ def oldest_runtime(graph: Any) -> str:
     opset = max(one.version for one in graph.opset_import if one.domain in ("", "ai.onnx"))
     opens = [release for release, newest, ir in RUNTIMES if opset <= newest and graph.ir_version <= ir]
     kinds = [TensorProto.DataType.Name(tensor.data_type) for tensor in graph.graph.initializer]
-    packed = [node for node in graph.graph.node if node.op_type == "MatMulNBits"]
-    kinds += [f"{a.i} bits" for node in packed for a in node.attribute if a.name == "bits"]
+    kinds += [f"{attributes(node)['bits']} bits" for node in graph.graph.node if node.op_type == "MatMulNBits"]
     releases = [*(opens or [here])[:1], *(SINCE[kind] for kind in kinds if kind in SINCE)]
     return max(releases, key=lambda release: [int(number) for number in release.split(".")[:2]])
 
@@ -71,10 +65,7 @@ def logits(session: Any, x: Tensor | np.ndarray, batch: int = WHOLE) -> np.ndarr
 
 
 def answers(session: Any, split: Split) -> np.ndarray:
-    """Return the class that a session gives each sample of a split, int64 [n].
-
-    Raises ValueError on an empty split, and when an answer is no number.
-    """
+    """Return the class that a session gives each sample, int64 [n]. ValueError without samples, or without numbers."""
     if len(split) == 0:
         raise ValueError("accuracy needs at least one sample, got none")
     found = logits(session, split.x)
@@ -84,9 +75,27 @@ def answers(session: Any, split: Split) -> np.ndarray:
 
 
 def accuracy(session: Any, split: Split) -> tuple[float, tuple[float, float]]:
-    """Return the accuracy of a session on a split, and its 95 % interval. Raises ValueError as `answers` does."""
+    """Return a session's accuracy on a split, with its 95 % interval. ValueError as `answers`."""
     correct = int((answers(session, split) == split.y.numpy()).sum())
     return correct / len(split), wilson(correct, len(split))
+
+
+def judged(answers: np.ndarray, baseline: np.ndarray, split: Split, classes: int, missing: Sequence[int]) -> Figures:
+    """Return what answers [n] are worth, and beside those of the fp32 file, as it stands on the card."""
+    truth = split.y.numpy()
+    right = answers == truth
+    hits, each = int(right.sum()), recall(right, truth, classes)
+    unheld = [share for label in missing if (share := each[label]) is not None]
+    lost, low, high, _ = paired_loss(baseline == truth, right)
+    return {
+        "accuracy": hits / len(truth),
+        "interval": list(wilson(hits, len(truth))),
+        "recall": list(each),
+        "missing_recall": fmean(unheld) if unheld else None,
+        "lost": 100 * lost,
+        "lost_interval": [100 * low, 100 * high],
+        "changed": int((baseline != answers).sum()),
+    }
 
 
 def timings(
@@ -95,8 +104,7 @@ def timings(
     """Time several calls in turns, so that a disturbance of the machine meets them all alike.
 
     Each runs once untimed, then in turns until `seconds` per call have passed and each ran `least` times, or `most`
-    seconds per call have. A turn begins untimed: the call before has filled the cache with weights of its own, as it
-    would not in service.
+    seconds per call have. A turn begins untimed: the call before has filled the cache with weights of its own.
     """
     for call in calls:
         call()
@@ -124,6 +132,28 @@ def latencies(sessions: Sequence[Any], x: Tensor | np.ndarray, seconds: float = 
     return timings([partial(session.run, None, {"x": raw}) for session in sessions], seconds, most=10 * seconds)
 
 
+def speed(session: Any, held: Split) -> Figures:
+    """Return a session's latency on one sample and its throughput on many, as they stand on the card."""
+    [one] = latencies([session], held.x[:1])
+    [many] = latencies([session], held.x[np.arange(BATCH) % len(held)])
+    return {
+        "latency_ms": one.median * 1e3,
+        "latency_spread_ms": one.spread * 1e3,
+        "throughput": BATCH / many.median,
+        "threads": THREADS,
+    }
+
+
+def squeeze(content: bytes) -> tuple[bytes, int]:
+    """Return a file's bytes as zstandard packs them, and its level: the best would take seconds for a large file."""
+    import zstandard
+
+    level = LEVEL if len(content) <= LARGE else QUICK
+    tables = SHORT if SMALL < len(content) <= LARGE else {}
+    settings = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(content), **tables)
+    return zstandard.ZstdCompressor(compression_params=settings).compress(content), level
+
+
 # Where a node takes weights in; the rest of its inputs are activations, biases and settings.
 WEIGHT_INPUTS = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"), (1,)),
@@ -133,13 +163,11 @@ WEIGHT_INPUTS = {
 _DECODING = ("Cast", "Mul", "DequantizeLinear", "Transpose")  # what stored weights pass through on their way to a node
 
 
-def sparsity(graph: Any) -> float:
-    """Return the share of zeros among all weights of an onnx.ModelProto, float or quantized (code zero).
+def attributes(node: Any) -> dict[str, Any]:
+    """Return the attributes of an ONNX node by name, as values of Python."""
+    from onnx.helper import get_attribute_value
 
-    Shared weights count once.
-    """
-    weights = stored_weights(graph).values()
-    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.size for w in weights))
+    return {attribute.name: get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def stored_weights(graph: Any) -> dict[str, np.ndarray]:
@@ -160,3 +188,9 @@ def stored_weights(graph: Any) -> dict[str, np.ndarray]:
             if name in stored and len(stored[name].dims) > 1 and name not in weights:
                 weights[name] = numpy_helper.to_array(stored[name])
     return weights
+
+
+def sparsity(graph: Any) -> float:
+    """Return the share of zeros among all weights of an onnx.ModelProto, float or code zero; shared ones count once."""
+    weights = stored_weights(graph).values()
+    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.size for w in weights))

@@ -1,8 +1,7 @@
 """An artifact in service: every hospital's stream of patients is scored, and watched while it is.
 
-Watched are the inputs and the confidence (see `drift`), how many answers are late, how many patients could not be
-scored, and, where outcomes become known, how many answers were wrong. Each hospital is compared with its own
-reference patients; what it knows of them stays there, but for a covariance.
+Watched are inputs and confidence (see `drift`), and how many answers are late, missing, or wrong where outcomes become
+known. Each hospital is compared with its own reference patients, who stay there, but for a covariance.
 """
 
 from __future__ import annotations
@@ -89,9 +88,8 @@ class Site:
 class Monitor:
     """Scores patients and watches; `alarms` holds the plain records, oldest first, `sites` what is known of each.
 
-    `reference` are patients whose like the artifact is for, of each site; labels are not looked at. A site with fewer
-    than ten of them is not watched for drift. Inputs are watched when they are tables; of pictures the confidence
-    alone. Example:
+    `reference` are unlabelled patients of each site whose like the artifact is for; a site with fewer than ten is not
+    watched for drift. Inputs are watched where they are tables; of pictures the confidence alone. Example:
     `monitor = Monitor(artifact, dataset.train); monitor.watch("rural", rows)`.
     """
 
@@ -109,22 +107,25 @@ class Monitor:
         known = tuple(artifact.card["data"]["sites"]) or ("all",)
         rows = np.asarray(reference.x)
         where = np.zeros(len(rows), int) if reference.site is None else reference.site.numpy()
-        groups = {name: rows[where == number] for number, name in enumerate(known)}
-        self._scales = self._scale(rows)
-        watched = {name: self._references(group) for name, group in groups.items() if len(group) >= FEWEST}
+        values = self._values(rows, artifact.predict(rows))
+        spreads = {kind: each.std(axis=0) for kind, each in values.items()}
+        self._scales = {kind: np.where(spread > 0, spread, 1.0) for kind, spread in spreads.items()}
+        watched = {
+            name: self._references({kind: each[where == number] for kind, each in values.items()})
+            for number, name in enumerate(known)
+            if (where == number).sum() >= FEWEST
+        }
         if not watched:
             raise ValueError(f"reference must hold at least {FEWEST} patients of some site, got {len(rows)} in all")
         self._whiten = {kind: directions(one[kind] for one in watched.values()) for kind in self._scales}
-        self.sites = {name: self._site(watched.get(name)) for name in known}
+        self.sites = {name: self._site(watched.get(name, {})) for name in known}
 
     def join(self, name: str, reference: np.ndarray) -> None:
-        """Watch a hospital that joins late, or watch one against new reference patients, raw rows [m, ...].
-
-        Raises ValueError when there are fewer than ten.
-        """
+        """Watch a hospital that joins late, or against new reference rows [m, ...]. ValueError below ten."""
         if len(reference) < FEWEST:
             raise ValueError(f"reference must hold at least {FEWEST} patients of {name!r}, got {len(reference)}")
-        self.sites[name] = self._site(self._references(matrix(reference, self.artifact.card["input"])))
+        rows = matrix(reference, self.artifact.card["input"])
+        self.sites[name] = self._site(self._references(self._values(rows, self.artifact.predict(rows))))
 
     def watch(self, site: str, x: Any, y: np.ndarray | None = None) -> np.ndarray:
         """Score raw rows [n, ...] of one site: probabilities [n, classes], NaN for a patient that cannot be scored.
@@ -183,20 +184,12 @@ class Monitor:
         tables = {"inputs": rows.astype(np.float64)} if rows.ndim == 2 else {}
         return {**tables, "confidence": np.log(best / (1 - best))}
 
-    def _scale(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        values = self._values(rows, self.artifact.predict(rows))
-        scales = {kind: each.std(axis=0) for kind, each in values.items()}
-        return {kind: np.where(scale > 0, scale, 1.0) for kind, scale in scales.items()}
-
-    def _references(self, rows: np.ndarray) -> dict[str, Reference]:
-        values = self._values(rows, self.artifact.predict(rows))
+    def _references(self, values: dict[str, np.ndarray]) -> dict[str, Reference]:
         return {kind: Reference.of(each, self._scales[kind]) for kind, each in values.items()}
 
-    def _site(self, references: dict[str, Reference] | None) -> Site:
-        drifts = {
-            kind: Drift(reference, self._scales[kind], self._whiten[kind], self.tolerance)
-            for kind, reference in (references or {}).items()
-        }
+    def _site(self, references: dict[str, Reference]) -> Site:
+        watched = references.items()
+        drifts = {kind: Drift(one, self._scales[kind], self._whiten[kind], self.tolerance) for kind, one in watched}
         return Site({kind: Spending(getattr(self.budgets, kind)) for kind in ("failed", "late", "wrong")}, drifts)
 
 
@@ -241,13 +234,9 @@ def draw(part: Split, site: int, preprocess: Preprocess, stream: Stream) -> tupl
 def changed(
     rows: np.ndarray, features: np.ndarray, preprocess: Preprocess, gain: float, offset: float, about: Any = 0.0
 ) -> np.ndarray:
-    """Return raw rows float32 [n, d] with some `features` stretched by `gain` about `about` ([d], or one number).
-
-    `offset` of their standard deviations are added.
-    """
-    std, pivot = (
-        np.broadcast_to(np.asarray(value, np.float32), rows.shape[1])[features] for value in (preprocess.std, about)
-    )
+    """Return raw rows [n, d], some `features` stretched by `gain` about `about` and moved by `offset` deviations."""
+    given = [np.broadcast_to(np.asarray(value, np.float32), rows.shape[1]) for value in (preprocess.std, about)]
+    std, pivot = (each[features] for each in given)
     moved = rows.copy()
     moved[:, features] = pivot + np.float32(gain) * (rows[:, features] - pivot) + np.float32(offset) * std
     return moved

@@ -1,12 +1,8 @@
 """A trained module as an ONNX graph: raw values in, logits out, the same bytes on every machine.
 
-torch's exporter takes a second and more. It runs once for each computation, without the weights: no pass can see them,
-and so none gets into what is kept. Every file then gets its own weights, and what can be computed from weights alone
-(BatchNorm behind a convolution, the gates of a GRU in ONNX's order) is computed for that file.
-
-A computation is told by what the model does, not by what it is called: which functions of torch it calls, in which
-order, with which values. Attributes, branches, closures and edited code all show there. Every graph is checked against
-torch before use.
+torch's exporter takes a second and more. It runs once for each computation, told by which functions of torch the model
+calls, in which order, with which values; without the weights, so that no pass can see them. Every file then gets its
+own, and what follows from weights alone (BatchNorm behind a convolution, say) is computed for that file.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from hashlib import sha256
 from io import StringIO
 from itertools import count, product
@@ -27,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedlab_kit.compression.channels import TURN
+from fedlab_kit.compression.channels import TURN, first_line
 from fedlab_kit.data import Preprocess
+from fedlab_kit.deployment.score import open_session
+from fedlab_kit.deployment.subject import remedy
 
 KEPT = 32  # graphs in the cache
 CHECKED = 64  # samples on which torch and the exported graph must agree
@@ -38,10 +36,8 @@ _skeletons: dict[tuple[Any, ...], Any] = {}
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _WINDOWS = dict.fromkeys(("Conv", "ConvTranspose", "MaxPool", "AveragePool"), ("strides", "dilations", "pads"))
 _TALKERS = ("torch.onnx", "torch.export", "torch.fx", "torch._guards", "torch._dynamo", "onnx_ir", "onnxscript")
-_PLAIN = (
-    type(None), bool, int, float, complex, str, slice, type(...),
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
+_VALUES = (type(None), bool, int, float, complex, str, slice, type(...))
+_PLAIN = (*_VALUES, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class Deployed(nn.Module):
@@ -61,11 +57,7 @@ class Deployed(nn.Module):
 
 
 class Trace(TorchFunctionMode):
-    """Writes down every call of torch inside it: the function, its arguments by value, and where each tensor is from.
-
-    `calls` leaves out how large the tensors are, which `sizes` has. A tensor is known by its name in `tensors`, or as
-    the result of an earlier call; any other one counts by its values.
-    """
+    """Writes down every call of torch inside it: in `calls` function and arguments by value, in `sizes` the shapes."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
@@ -100,11 +92,10 @@ class Trace(TorchFunctionMode):
 
 
 def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
-    """Export a model to an onnx.ModelProto with input "x" (raw, like `sample` [n, ...]) and output "logits".
+    """Export a model to an onnx.ModelProto with input "x" (raw, like `sample` [n, ...], n free) and output "logits".
 
-    The batch size is free; initializers and values have readable names, which `clean` shortens. The result is trusted
-    only after onnxruntime has agreed with torch on `CHECKED` of the samples and on two made of their extreme values.
-    Raises ValueError for a model that cannot be exported.
+    It is trusted only after onnxruntime has agreed with torch on `CHECKED` of the samples and on two made of their
+    extreme values. Names are readable; `clean` shortens them. Raises ValueError for a model that cannot be exported.
     """
     deployed = Deployed(copy.deepcopy(model).cpu(), preprocess, sample.ndim).eval()
     probes = torch.cat([sample[:: -(-len(sample) // CHECKED)], sample.amin(0)[None], sample.amax(0)[None]])
@@ -112,15 +103,27 @@ def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
     with TURN, torch.no_grad():
         expected = deployed(probes).numpy()
         tensors = {name: t for name, t in deployed.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-        keys = _keys(deployed, tensors, x)
+        with Trace({"x": x, **tensors}) as trace:
+            deployed(x)
+        code = [type(module).forward for module in deployed.modules()]
+        calls = (tuple(x.shape), x.dtype, *code, *trace.calls)
+        keys = (*calls, *trace.sizes), calls  # the weights aside, the graph depends on these; the second fits any size
         for known in [_skeletons[key] for key in keys if key in _skeletons]:
-            graph = _fitting(known, tensors)
-            if graph is not None and _agreement(graph, probes, expected) == 1:
-                return graph
-        skeleton = _skeleton(deployed, tensors, x)
-        graph = _fill(skeleton, tensors)
-        if _agreement(graph, probes, expected) < AGREE:
-            raise ValueError(f"model {type(model).__name__} cannot be exported: its ONNX graph gives other outputs")
+            with suppress(Exception):  # tensors of other sizes may not fit, which passes and runtime say in many ways
+                graph = _fill(known, tensors)
+                if _agreement(graph, probes, expected) == 1:
+                    return graph
+        try:
+            skeleton = _skeleton(deployed, tensors, x)
+            graph = _fill(skeleton, tensors)
+            if _agreement(graph, probes, expected) < AGREE:
+                raise ValueError("its graph gives other outputs")
+        except Exception as error:  # of exporter, passes or runtime, and of any type
+            cause: BaseException = error
+            while cause.__cause__:
+                cause = cause.__cause__
+            why = f"{first_line(cause)}{remedy(model)}"
+            raise ValueError(f"model {type(model).__name__} cannot be exported to ONNX: {why}") from error
         _skeletons[keys[0]] = skeleton
         _skeletons.setdefault(keys[1], skeleton)
         while len(_skeletons) > KEPT:
@@ -129,37 +132,24 @@ def export(model: nn.Module, preprocess: Preprocess, sample: Tensor) -> Any:
 
 
 def clean(graph: Any) -> Any:
-    """Return a graph without what differs between machines or serves nobody at run time, under the shortest names.
+    """Return a graph under the shortest names, without what differs between machines or serves nobody at run time.
 
-    Producer, paths, notes, names of nodes, value shapes and attributes that say what holds anyway go, and unused
-    nodes; nodes are sorted. All tensors are stored as raw bytes, so that the size does not depend on their values.
+    Names of nodes, value shapes and attributes that say what holds anyway go too. All tensors are stored as raw bytes,
+    so that the size does not depend on their values.
     """
     import onnx_ir
-
-    cleaned = _finish(onnx_ir.from_proto(graph), short=True)
-    version = {one.domain: one.version for one in cleaned.opset_import}
-    for node in (node for node in cleaned.graph.node if not node.domain):
-        said = [attribute for attribute in node.attribute if not _by_default(node.op_type, version[""], attribute)]
-        del node.attribute[:]
-        node.attribute.extend(said)
-    return cleaned
-
-
-def _by_default(kind: str, version: int, attribute: Any) -> bool:
-    """Whether a node of ONNX's own operators, of that version, does the same without an attribute."""
     from onnx import defs
 
-    if kind in _WINDOWS and attribute.name in _WINDOWS[kind]:
-        return set(attribute.ints) <= {0 if attribute.name == "pads" else 1}
-    return bool(attribute == defs.get_schema(kind, version).attributes[attribute.name].default_value)
-
-
-def _keys(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What the graph depends on apart from the weights; the second, apart from the tensors' sizes too."""
-    with Trace({"x": x, **tensors}) as trace:
-        deployed(x)
-    calls = (tuple(x.shape), x.dtype, *(type(module).forward for module in deployed.modules()), *trace.calls)
-    return (*calls, *trace.sizes), calls
+    cleaned = _finish(onnx_ir.from_proto(graph), short=True)
+    version = {one.domain: one.version for one in cleaned.opset_import}[""]
+    for node in (node for node in cleaned.graph.node if not node.domain):
+        known, windows = defs.get_schema(node.op_type, version).attributes, _WINDOWS.get(node.op_type, ())
+        for attribute in list(node.attribute):
+            usual = {0 if attribute.name == "pads" else 1}
+            by_default = attribute.name in windows and set(attribute.ints) <= usual
+            if by_default or attribute == known[attribute.name].default_value:
+                node.attribute.remove(attribute)
+    return cleaned
 
 
 def _skeleton(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> Any:
@@ -168,7 +158,7 @@ def _skeleton(deployed: Deployed, tensors: dict[str, Tensor], x: Tensor) -> Any:
     from onnx_ir.passes.common import ShapeInferencePass
     from onnxscript import optimizer
 
-    with _quiet():
+    with quiet():
         model = _torch_export(deployed, x)
         for name in tensors.keys() & model.graph.initializers.keys():
             model.graph.initializers[name].const_value = None
@@ -210,27 +200,19 @@ def _fill(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     for value in stored.values():
         value.shape = value.const_value.shape
     limits = dict.fromkeys(("input_size_limit", "output_size_limit"), 1 << 62)
-    with _quiet():
-        optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=_worth_it, **limits)
+
+    def fold(node: Any) -> bool | None:
+        """Whether to compute a node of constants: no second, turned copy of weights that are used elsewhere too."""
+        return False if node.op_type == "Transpose" and len(node.inputs[0].uses()) > 1 else None
+
+    with quiet():
+        optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=fold, **limits)
         rewriter.rewrite(model, [getattr(common, f"fuse_batchnorm_into_{layer}_rule") for layer in _LAYERS])
     return _finish(model)
 
 
-def _fitting(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """Fill a skeleton that may be of other sizes; None where these tensors do not fit into it."""
-    try:
-        return _fill(skeleton, tensors)
-    except Exception:
-        return None
-
-
-def _worth_it(node: Any) -> bool | None:
-    """Whether to compute a node of constants: not to store a second, transposed copy of weights used elsewhere too."""
-    return False if node.op_type == "Transpose" and len(node.inputs[0].uses()) > 1 else None
-
-
 def _torch_export(deployed: Deployed, x: Tensor) -> Any:
-    """Export, with a free batch, to an onnx_ir.Model. Raises ValueError with torch's innermost complaint."""
+    """Export, with a free batch, to an onnx_ir.Model. Raises whatever torch raises."""
     free, failures = ({0: torch.export.Dim("batch")},), []
     for strict in (False, True):  # the second reads bytecode, which takes longer and understands more
         try:
@@ -240,11 +222,7 @@ def _torch_export(deployed: Deployed, x: Tensor) -> Any:
             return program.model
         except Exception as error:
             failures.append(error)
-    cause: BaseException = failures[0]
-    while cause.__cause__:
-        cause = cause.__cause__
-    why = " ".join(str(cause).split()) or type(cause).__name__
-    raise ValueError(f"model {type(deployed.model).__name__} cannot be exported to ONNX: {why:.240}") from failures[0]
+    raise failures[0]
 
 
 def _finish(model: Any, short: bool = False) -> Any:
@@ -287,33 +265,25 @@ def _rename(graph: Any, short: bool) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep exporter and optimizer from printing: what they say is about themselves, and errors are raised anyway."""
-    loggers = [logging.getLogger(name) for name in _TALKERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+def quiet() -> Iterator[None]:
+    """Keep exporter, optimizer and quantizers from printing (errors are raised), and the process's logging as it is."""
+    root, talkers = logging.getLogger(), [logging.getLogger(name) for name in _TALKERS]
+    handlers, levels = root.handlers[:], {logger: logger.level for logger in (root, *talkers)}
+    for logger in talkers:
         logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        root.handlers[:] = handlers
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 
 def _agreement(graph: Any, raw: Tensor, expected: np.ndarray) -> float:
     """Return the share of raw samples for which onnxruntime gives torch's logits."""
-    import onnxruntime
-
-    options, quiet = onnxruntime.SessionOptions(), onnxruntime.RunOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = quiet.log_severity_level = 4  # a cached graph that tensors do not fit is no news
-    try:
-        session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        found = session.run(None, {"x": raw.numpy()}, quiet)[0]
-    except Exception:
-        return 0.0
+    found = open_session(graph.SerializeToString()).run(None, {"x": raw.numpy()})[0]
     if found.shape != expected.shape:
         return 0.0
     scale = np.abs(expected).max(axis=1, initial=1.0, keepdims=True)

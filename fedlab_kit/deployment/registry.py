@@ -1,8 +1,8 @@
 """A registry: a folder with the versions of a model for one class of devices, and what is in service.
 
-`versions/0001/` holds an artifact with its card, `events/000001.json` and so on tell what was promoted and what was
-rolled back, when and why; what is in service follows from them. Files are added and never changed, each whole or
-absent, so nothing is lost, whoever else writes at the same time and wherever a process is killed.
+`versions/0001/` holds an artifact with its card, `history.jsonl` tells line by line what was promoted and rolled back,
+when and why; what is in service follows from it. Each file is written whole or not at all, under a lock, so nothing is
+lost, whoever else writes at the same time and wherever a process is killed.
 """
 
 from __future__ import annotations
@@ -60,18 +60,14 @@ class Registry:
     @property
     def versions(self) -> list[Version]:
         """All versions, oldest first. Raises StoreError naming a file that is damaged."""
-        return [_version(path) for path in sorted(self.folder.glob("versions/[0-9]*"))]
+        return [self.version(number) for number in self._numbers()]
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """What happened, oldest first: `event` (promote or rollback), `version` in service since, `why`, `when`."""
-        files = sorted(self.folder.glob("events/[0-9]*"))
-        for place, path in enumerate(files, start=1):
-            if int(path.stem) != place:
-                raise StoreError(
-                    f"the registry {self.folder} is damaged: event {place} is gone, restore it from a copy"
-                )
-        return [_read(path, "event", "version", "why", "when") for path in files]
+        file, older = self.folder / "history.jsonl", sorted(self.folder.glob("events/[0-9]*"))  # once a file for each
+        files = [file] if file.exists() else older
+        return [event for path in files for event in _read(path, "event", "version", "why", "when")]
 
     @property
     def current(self) -> Version | None:
@@ -81,26 +77,25 @@ class Registry:
 
     def in_service(self) -> Version:
         """Return the version in service. Raises ValueError when there is none."""
-        if self.current is None:
+        if (current := self.current) is None:
             raise ValueError("nothing is in service yet: promote a version first")
-        return self.current
+        return current
 
     def version(self, number: int) -> Version:
         """Return one version. ValueError lists those that exist."""
         path = self.folder / "versions" / f"{number:04d}"
         if not path.is_dir():
-            known = ", ".join(str(int(p.name)) for p in sorted(self.folder.glob("versions/[0-9]*"))) or "none yet"
-            raise ValueError(f"version must be one of {known}, got {number}")
-        return _version(path)
+            raise ValueError(
+                f"version must be one of {', '.join(map(str, self._numbers())) or 'none yet'}, got {number}"
+            )
+        [about] = _read(path / "version.json", "digest", "note")
+        return Version(number, path, about["digest"], about["note"])
 
     def add(self, artifact: Artifact, note: str = "") -> Version:
-        """Copy an artifact in as the next version; it is not in service before it is promoted.
-
-        Raises StoreError when the artifact is damaged or the registry cannot be written.
-        """
+        """Copy an artifact in as the next version, not yet in service. StoreError when damaged or not to be written."""
         digest = load(artifact.path).digest
         with self._locked():
-            number = self._next("versions")
+            number = max(self._numbers(), default=0) + 1
             target = self.folder / "versions" / f"{number:04d}"
             with filling(target) as made:
                 for end in ("", ".json"):
@@ -131,10 +126,7 @@ class Registry:
         return earlier
 
     def install(self, folder: str | Path) -> Path:
-        """Copy what is in service, its card and `score.py` to a device's folder; return the folder.
-
-        The device needs numpy and onnxruntime alone. Raises ValueError when nothing is in service.
-        """
+        """Copy what is in service to a device's folder, with its card and `score.py`. ValueError when nothing is."""
         current, target = self.in_service(), at(folder)
         current.load()
         write_bytes(target / "score.py", Path(score.__file__).read_bytes())
@@ -152,13 +144,13 @@ class Registry:
                 stack.append(event["version"])
         return stack
 
+    def _numbers(self) -> list[int]:
+        return sorted(int(path.name) for path in self.folder.glob("versions/[0-9]*"))
+
     def _note(self, event: str, number: int, why: str) -> None:
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        content = {"event": event, "version": number, "why": why, "when": when}
-        write_bytes(self.folder / "events" / f"{self._next('events'):06d}.json", json.dumps(content).encode())
-
-    def _next(self, kind: str) -> int:
-        return 1 + max((int(path.stem) for path in self.folder.glob(f"{kind}/[0-9]*")), default=0)
+        events = [*self.history, {"event": event, "version": number, "why": why, "when": when}]
+        write_bytes(self.folder / "history.jsonl", "".join(f"{json.dumps(one)}\n" for one in events).encode())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -167,22 +159,21 @@ class Registry:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
-                sweep_up(self.folder / "events", "*.json")
+                sweep_up(self.folder, "history.jsonl")
                 yield
 
 
-def _version(path: Path) -> Version:
-    about = _read(path / "version.json", "digest", "note")
-    return Version(int(path.name), path, about["digest"], about["note"])
-
-
-def _read(path: Path, *keys: str) -> dict[str, Any]:
-    """Read a file of the registry. Raises StoreError naming it when it is cut or altered."""
+def _read(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """Read a JSON-lines file of the registry. Raises StoreError naming it, and the line that is cut or altered."""
+    place, found = str(path), []
     try:
-        content = json.loads(path.read_text())
-        return {key: content[key] for key in keys}
+        for number, line in enumerate(path.read_text().splitlines() or [""], start=1):
+            place = f"{path}, line {number},"
+            content = json.loads(line)
+            found.append({key: content[key] for key in keys})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"the registry's file {path} is damaged ({error}): restore it from a copy") from error
+        raise StoreError(f"the registry's file {place} is damaged ({error}): restore it from a copy") from error
+    return found
 
 
 LEVEL = 0.05
@@ -200,10 +191,10 @@ class Upkeep:
 
 
 def maintain(registry: Registry, run: Run, dataset: str, recipe: Recipe, rounds: int = 5) -> Upkeep:
-    """Train the run's model on for a few rounds on a newer data set, compress it, and promote it if it is better.
+    """Train the run's model on for a few rounds on a newer data set, compress it, add it, and promote it if `better`.
 
-    Better than the version in service, on the validation patients of the newer data: see `better`. Otherwise the new
-    version stays in the registry, out of service. Raises ValueError when nothing is in service or the data do not fit.
+    That is judged on the validation patients of the newer data. Raises ValueError when nothing is in service or the
+    data do not fit.
     """
     registry.in_service()
     experiment = run.experiment.replace(
@@ -221,8 +212,7 @@ def maintain(registry: Registry, run: Run, dataset: str, recipe: Recipe, rounds:
 def better(new: Artifact, old: Artifact, dataset: str) -> tuple[bool, str]:
     """Say whether `new` is better than `old` on the same validation patients, and why.
 
-    The rule: the mean log loss must be lower, by a paired permutation test at 5 %, and no site may be "hurt" as
-    `compare` calls it.
+    The mean log loss must be lower, by a paired permutation test at 5 %, and no site "hurt" as `compare` calls it.
     """
     from scipy.stats import permutation_test
 

@@ -3,7 +3,7 @@
     python score.py model.onnx patients.csv
 
 It needs the model card, `model.onnx.json`, beside the file. One line a patient comes out: the class, how sure the model
-is, and what is wrong with the row, if anything: such a row is not scored and the others go on.
+is, and what is wrong with the row, which then is not scored.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if "onnxruntime" in sys.modules and os.environ.get(SILENT, "").lower() not in ("
     warnings.warn(f"onnxruntime was imported first and reports to its maker: set {SILENT}=1 and restart", stacklevel=2)
 os.environ[SILENT] = "1"
 
+THREADS = 1  # of the runtime
 FAR = 20.0  # standard deviations from the training mean: a wrong unit, not a patient
 LARGEST = 2 << 30  # bytes: no ONNX file is larger
 TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)"}
@@ -38,18 +39,14 @@ class Model:
     """An artifact that was opened to score; `card` says what it is. Raises ValueError naming a damaged file."""
 
     def __init__(self, path: str | Path) -> None:
-        import onnxruntime
-
         content, self.card = read(path)
         if not _is_whole(self.card):
             raise ValueError(f"the model card of {path} is damaged: compress again")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what is wrong is raised, and need not be printed as well
         try:
-            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self._session = open_session(content)
         except Exception as error:  # onnxruntime's own are no class of Python's
-            raise ValueError(f"{path} is nothing that onnxruntime {onnxruntime.__version__} opens: {error}") from error
+            here = sys.modules["onnxruntime"].__version__
+            raise ValueError(f"{path} is nothing that onnxruntime {here} opens: {error}") from error
         wanted = self.card["input"]
         expected = [(wanted["name"], TYPES.get(wanted["dtype"]), wanted["shape"])]
         found = [(each.name, each.type, list(each.shape[1:])) for each in self._session.get_inputs()]
@@ -57,17 +54,12 @@ class Model:
             raise ValueError(f"{path} takes {found}, its model card says {expected}: compress again")
 
     def score(self, table: Any) -> list[dict[str, Any]]:
-        """Return for each row its `class`, the model's `probability` of it, and a `problem` ("" if there is none).
-
-        `table` is whatever `matrix` takes; it raises ValueError for wrong columns, and when the model fails. A row
-        with a value that is missing or out of range has no class.
-        """
+        """Return each row's `class`, its `probability` and a `problem` ("" if none); `table` is what `matrix` takes."""
         rows = matrix(table, self.card["input"])
         problems = odd_rows(rows, self.card)
         good = [number for number in range(len(rows)) if number not in problems]
-        answers: list[dict[str, Any]] = [
-            {"class": None, "probability": None, "problem": problems.get(number, "")} for number in range(len(rows))
-        ]
+        nothing: dict[str, Any] = {"class": None, "probability": None}
+        answers = [{**nothing, "problem": problems.get(number, "")} for number in range(len(rows))]
         for number, share in zip(good, self._shares(rows[good]) if good else (), strict=True):
             if np.isfinite(share).all():
                 answers[number]["class"] = self.card["data"]["classes"][int(share.argmax())]
@@ -87,6 +79,18 @@ class Model:
         return probabilities(logits)
 
 
+def open_session(content: bytes | Path, optimize: bool = True) -> Any:
+    """Open a file or its bytes in onnxruntime, on the CPU, with one thread; without `optimize` as its nodes say."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = THREADS
+    options.log_severity_level = 4  # what is wrong is raised, and need not be printed as well
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
 def read(path: str | Path, largest: int = LARGEST) -> tuple[bytes, dict[str, Any]]:
     """Return an artifact's bytes and its card. Raises ValueError naming what is missing, too large, cut or altered."""
     card_file = Path(f"{path}.json")
@@ -94,27 +98,23 @@ def read(path: str | Path, largest: int = LARGEST) -> tuple[bytes, dict[str, Any
         content, card = _content(Path(path), largest), json.loads(_content(card_file, min(largest, 1 << 24)))
         wanted = card["digest"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} cannot be opened, it needs its model card {card_file.name} beside it: {error}"
-        ) from error
+        needed = f"it needs its model card {card_file.name} beside it"
+        raise ValueError(f"{path} cannot be opened, {needed}: {error}") from error
     if (found := hashlib.sha256(content).hexdigest()) != wanted:
-        raise ValueError(
-            f"{path} is truncated or altered: its SHA-256 begins with {found[:12]}, "
-            f"its card says {str(wanted)[:12]}; compress again"
-        )
+        told = f"its SHA-256 begins with {found[:12]}, its card says {str(wanted)[:12]}"
+        raise ValueError(f"{path} is truncated or altered: {told}; compress again")
     return content, card
 
 
 def _content(path: Path, largest: int) -> bytes:
     """Return the bytes of a file, waiting for nobody. ValueError for what is too large, a pipe, a device, a folder."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path.name} is no regular file")
+    if found.st_size > largest:
+        raise ValueError(f"{path.name} is larger than {largest:,} bytes")
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # another one since
-            raise ValueError(f"{path.name} is no regular file")
-        if os.fstat(file.fileno()).st_size > largest or len(content := file.read(largest + 1)) > largest:
-            raise ValueError(f"{path.name} is larger than {largest:,} bytes")
-        return content
+        return file.read(found.st_size)  # should it be another one since, its digest tells
 
 
 def _is_whole(card: Mapping[str, Any]) -> bool:
@@ -153,10 +153,9 @@ def matrix(table: Any, wanted: Mapping[str, Any]) -> np.ndarray:
         return _from_columns(table, tuple(wanted.get("features", ())))
     raw = np.asarray(table)
     if str(raw.dtype) != wanted["dtype"] or list(raw.shape[1:]) != wanted["shape"] or not len(raw):
-        raise ValueError(
-            f"x must be raw {wanted['dtype']} [n, {', '.join(map(str, wanted['shape']))}] with n at least 1, "
-            f"got {raw.dtype} {list(raw.shape)}"
-        )
+        shape = ", ".join(map(str, ["n", *wanted["shape"]]))
+        found = f"{raw.dtype} {list(raw.shape)}"
+        raise ValueError(f"x must be raw {wanted['dtype']} [{shape}] with n at least 1, got {found}")
     return raw
 
 
@@ -184,10 +183,8 @@ def _from_columns(table: Any, names: Sequence[str]) -> np.ndarray:
     twice = sorted(name for name, times in found.items() if times > 1)
     if missing or unknown or twice:
         words = {"missing": missing, "unknown": unknown, "twice": twice}
-        raise ValueError(
-            f"columns must be the model's {len(names)}: "
-            + "; ".join(f"{word} {_some(each)}" for word, each in words.items() if each)
-        )
+        wrong = "; ".join(f"{word} {_some(each)}" for word, each in words.items() if each)
+        raise ValueError(f"columns must be the model's {len(names)}: {wrong}")
     return np.stack([np.array([_number(v) for v in table[n]], np.float32) for n in names], axis=1)
 
 
@@ -229,16 +226,12 @@ def _table(path: str) -> tuple[dict[str, Sequence[str]], dict[int, str]]:
         raise ValueError(f"{path} is no text in UTF-8: save it as CSV UTF-8")
     first = text.partition("\n")[0]
     local = ";" in first and "," not in first
-    header, *lines = [line for line in csv.reader(io.StringIO(text, ""), delimiter=";" if local else ",") if line] or [
-        []
-    ]
+    lines = [line for line in csv.reader(io.StringIO(text, ""), delimiter=";" if local else ",") if line]
+    header, *lines = lines or [[]]
     if len(set(header)) < len(header):
         raise ValueError(f"columns must have different names, got {', '.join(header):.200}")
-    ragged = {
-        row: f"{len(line)} cells where the header has {len(header)}"
-        for row, line in enumerate(lines)
-        if len(line) != len(header)
-    }
+    fits = f"cells where the header has {len(header)}"
+    ragged = {row: f"{len(line)} {fits}" for row, line in enumerate(lines) if len(line) != len(header)}
     cells = [[""] * len(header) if row in ragged else line for row, line in enumerate(lines)]
     if local:
         cells = [[cell if "." in cell else cell.replace(",", ".") for cell in line] for line in cells]

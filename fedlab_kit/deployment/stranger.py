@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from io import BytesIO
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -62,17 +61,20 @@ def _limit(memory: int) -> None:
         resource.setrlimit(what, (most, most))
 
 
-def _answer(content: bytes, x: np.ndarray, classes: int, session_of: Callable[[bytes], Any]) -> dict[str, Any]:
-    session, found, taken = session_of(content), [], list[float]()
-    name = session.get_inputs()[0].name
+def _answer(content: bytes, x: np.ndarray, classes: int) -> dict[str, Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # the error is raised; it need not be printed as well
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    name, found, taken = session.get_inputs()[0].name, [], list[float]()
     for start in range(0, len(x), BATCH):
         rows = x[start : start + BATCH]
         logits = session.run(None, {name: rows})[0]
         if getattr(logits, "shape", None) != (len(rows), classes) or logits.dtype.kind not in "fiu":
-            wanted = f"numbers [{len(rows)}, {classes}]"
-            raise ValueError(
-                f"it must answer {wanted}, got {getattr(logits, 'dtype', type(logits))} {np.shape(logits)}"
-            )
+            got = f"{getattr(logits, 'dtype', type(logits))} {np.shape(logits)}"
+            raise ValueError(f"it must answer numbers [{len(rows)}, {classes}], got {got}")
         found += np.where(np.isnan(logits).any(1), -1, logits.argmax(1)).tolist()
     while len(taken) < 5 or sum(taken) < 0.03:
         began = time.perf_counter()
@@ -83,19 +85,13 @@ def _answer(content: bytes, x: np.ndarray, classes: int, session_of: Callable[[b
 
 def main(classes: int, memory: int) -> None:
     """Read rows and a file's bytes from standard input, and write what it answers, or an error, as JSON."""
-    import onnxruntime
-
-    def session_of(content: bytes) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # the error is raised; it need not be printed as well
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    import onnxruntime as onnxruntime  # before the limit, under which no file is opened
 
     received = BytesIO(sys.stdin.buffer.read())
     x, content = np.load(received, allow_pickle=False), received.read()
     _limit(memory)
     try:
-        said = _answer(content, x, classes, session_of)
+        said = _answer(content, x, classes)
     except Exception as error:  # whatever a stranger's file does, it is told in one line
         said = {"error": " ".join(f"{error}".split())[:300] or type(error).__name__}
     print(json.dumps(said))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fedlab_kit import data
 from fedlab_kit.data import Dataset, Split
@@ -32,10 +33,9 @@ STRANGER = "a trained module of one's own: it comes from no federation, and how 
 class Subject:
     """A trained model on the CPU, in evaluation mode, that compressing leaves as it is.
 
-    `held` is what files are measured on, `calibration` each client's raw samples, `stem` begins the files' names, they
-    go to `home / "artifacts"`; `facts` are the card's words on where it comes from, `privacy` those on what it gives
-    away. `lasting` says whether what is made of it can be found again by its facts. `memo` holds what
-    is worked out once.
+    `held` is what files are measured on, `calibration` each client's raw samples; files go to `home / "artifacts"` and
+    their names begin with `stem`. `facts` are the card's words on where it comes from, `privacy` those on what it gives
+    away, `lasting` whether what is made of it can be found again by its facts; `memo` holds what is worked out once.
     """
 
     name: str
@@ -49,6 +49,27 @@ class Subject:
     privacy: Callable[[Recipe], dict[str, Any]]
     lasting: bool = True
     memo: dict[str, Any] = field(default_factory=dict)
+
+    def about(self, recipe: Recipe) -> dict[str, Any]:
+        """The part of the card that says where a file comes from, what it is and what to feed it."""
+        known = self.dataset
+        described = {"name": known.name, "digest": known.digest}
+        return {
+            **self.facts,
+            "recipe": recipe.model_dump(mode="json"),
+            "data": {**described, "classes": list(known.classes), "sites": list(known.sites)},
+            "privacy": self.privacy(recipe),
+            "preprocess": known.preprocess.to_dict(),
+            "input": {
+                "name": "x",
+                "dtype": str(known.train.x.dtype).removeprefix("torch."),
+                "batch": "any",
+                "shape": list(known.shape),
+                "features": list(known.features),
+                "meaning": "a batch of raw values as stored; the graph preprocesses them",
+            },
+            "output": {"name": "logits", "shape": [len(known.classes)]},
+        }
 
 
 def subject_of(model: Any, client: int | None = None, dataset: Dataset | str | None = None) -> Subject:
@@ -68,32 +89,43 @@ def subject_of(model: Any, client: int | None = None, dataset: Dataset | str | N
 
 def of_run(run: Run, client: int | None) -> Subject:
     """Return a run's model, or a client's own where each keeps its normalization. ValueError for the wrong `client`."""
-    model, held = _whose(run, client)
-    whose = "" if client is None else f"-client{client}"
-    facts = {
-        "experiment": run.experiment.model_dump(mode="json"),
-        "run": run.key,
-        "client": client,
-        "module": None,
-        "weights": fingerprint(model.state_dict()),  # somebody may have put others in
-        "training": {
-            "rounds": len(run.records),
-            "seconds": sum(record.seconds for record in run.records),
-            "uplink_bytes": run.uplink_bytes,
-            "downlink_bytes": run.downlink_bytes,
-        },
+    held, own, asked = run.dataset.validation, run.experiment.normalization == "own", run.experiment
+    if own != (client is not None):
+        each = f"0 to {asked.clients - 1} where each has a model of its own, got None"
+        raise ValueError(f"client must be {each if own else f'None where normalization is shared, got {client}'}")
+    model, shards, whose = run.model if client is None else run.client_model(client), run.shards, ""
+    if client is not None:
+        assert run.task.owner is not None  # where normalization is the clients' own
+        mine, shards, whose = run.task.owner == client, [run.shards[client]], f"-client{client}"
+        if not mine.any():
+            raise ValueError(f"client {client} has no validation samples to measure a file on")
+        held = Split(held.x[mine], held.y[mine])
+    training = {
+        "rounds": len(run.records),
+        "seconds": sum(record.seconds for record in run.records),
+        "uplink_bytes": run.uplink_bytes,
+        "downlink_bytes": run.downlink_bytes,
     }
+    parent = {"experiment": asked.model_dump(mode="json"), "run": run.key, "client": client, "module": None}
+    weights = fingerprint(model.state_dict())  # somebody may have put others in
 
-    def calibration() -> list[Tensor]:
-        return [run.dataset.train.x[s] for s in (run.shards if client is None else [run.shards[client]])]
-
-    def privacy(recipe: Recipe) -> dict[str, Any]:  # an infinite epsilon is None, with why
+    def privacy(recipe: Recipe) -> dict[str, Any]:
+        """What the run's privacy is worth; an infinite epsilon is None, with why."""
         worth = run.privacy()
         epsilon = None if worth.why else worth.epsilon
-        return {**asdict(worth), "epsilon": epsilon, "outside": list(outside(run.experiment, recipe))}
+        return {**asdict(worth), "epsilon": epsilon, "outside": list(outside(asked, recipe))}
 
-    stem = f"{file_name(run.experiment.model)}-{run.key[:8]}{whose}"
-    return Subject(run.experiment.model, model, run.dataset, held, calibration, stem, run.path, facts, privacy)
+    return Subject(
+        asked.model,
+        model,
+        run.dataset,
+        held,
+        calibration=lambda: [run.dataset.train.x[shard] for shard in shards],
+        stem=f"{file_name(asked.model)}-{run.key[:8]}{whose}",
+        home=run.path,
+        facts={**parent, "weights": weights, "training": training},
+        privacy=privacy,
+    )
 
 
 def of_module(model: nn.Module, dataset: Dataset | str | None) -> Subject:
@@ -116,18 +148,23 @@ def of_module(model: nn.Module, dataset: Dataset | str | None) -> Subject:
     except Unknowable:
         digest, lasting = fingerprint(own.state_dict()), False
     key = hashlib.sha256(f"{digest} {known.digest}".encode()).hexdigest()[:20]
-
-    def calibration() -> list[Tensor]:
-        x = known.filled("train").x
-        return [x[:: -(-len(x) // CALIBRATION)]]
-
-    def privacy(recipe: Recipe) -> dict[str, Any]:
-        return {"level": "unknown", "epsilon": None, "delta": None, "why": STRANGER, "outside": []}
-
     module = {"class": name, "digest": digest, "origin": STRANGER}
-    facts = {"experiment": None, "run": None, "client": None, "module": module, "weights": None, "training": None}
-    home = runs_folder() / "modules" / key
-    return Subject(name, own, known, held, calibration, f"module-{key[:8]}", home, facts, privacy, lasting)
+    return Subject(
+        name,
+        own,
+        known,
+        held,
+        calibration=lambda: [_spread(known.filled("train").x)],
+        stem=f"module-{key[:8]}",
+        home=runs_folder() / "modules" / key,
+        facts={**dict.fromkeys(("experiment", "run", "client", "weights", "training")), "module": module},
+        privacy=lambda recipe: {"level": "unknown", "epsilon": None, "delta": None, "why": STRANGER, "outside": []},
+        lasting=lasting,
+    )
+
+
+def _spread(x: Tensor) -> Tensor:
+    return x[:: -(-len(x) // CALIBRATION)]
 
 
 def _copied(model: nn.Module, name: str) -> nn.Module:
@@ -136,43 +173,42 @@ def _copied(model: nn.Module, name: str) -> nn.Module:
     if not parameters:
         raise ValueError(f"model {name} must have parameters, it has none: there is nothing to compress")
     for label, tensor in {**parameters, **dict(model.named_buffers())}.items():
+        trained, kind = label in parameters, str(tensor.dtype).removeprefix("torch.")
+        number = tensor.is_floating_point() or tensor.is_complex()
         if is_lazy(tensor):
             raise ValueError(f"model {name} must have run once: {label} has no shape yet, pass one batch through it")
         if tensor.is_meta:
             raise ValueError(
                 f"model {name} must have values, {label} is on the meta device: load trained weights first"
             )
-        if (
-            label in parameters
-            and tensor.dtype != torch.float32
-            and (tensor.is_floating_point() or tensor.is_complex())
-        ):
-            kind = str(tensor.dtype).removeprefix("torch.")
+        if trained and number and tensor.dtype != torch.float32:
             raise ValueError(f"model {name} must be float32, {label} is {kind}: give copy.deepcopy(model).float()")
-        if tensor.isnan().any() or (label in parameters and not tensor.isfinite().all()):  # a mask may be infinite
+        if tensor.isnan().any() or (trained and not tensor.isfinite().all()):  # a mask may be infinite
             raise ValueError(f"model {name} must have finite weights, {label} holds NaN or infinity: train it again")
     try:
         own = copy.deepcopy(model).cpu().eval()
-    except Exception as error:
-        raise ValueError(f"model {name} cannot be copied, it may hold what is no leaf: {complaint(error)}") from error
+    except Exception as error:  # torch, or whatever the module holds, refuses in its own way
+        why = remedy(model) or f", it may hold what is no leaf: {complaint(error)}"
+        raise ValueError(f"model {name} cannot be copied{why}") from error
     for tensor in own.parameters():  # frozen or not is no matter of the file, and pruning follows gradients
         tensor.requires_grad_(tensor.is_floating_point())
     return own
 
 
-def _whose(run: Run, client: int | None) -> tuple[nn.Module, Split]:
-    """Return the model that is meant and the samples it is measured on."""
-    held, own = run.dataset.validation, run.experiment.normalization == "own"
-    if own != (client is not None):
-        raise ValueError(
-            f"client must be 0 to {run.experiment.clients - 1} where each has a model of its own, got None"
-            if own
-            else f"client must be None where normalization is shared, got {client}"
+def remedy(model: nn.Module) -> str:
+    """Name a layer that copying or exporting is known to stumble over, and what to do; "" where there is none."""
+    for name, layer in model.named_modules():
+        known = (
+            (isinstance(layer, torch.jit.ScriptModule), "is scripted: put the module itself in its place"),
+            (isinstance(layer, nn.EmbeddingBag), "is an EmbeddingBag: put an nn.Embedding and a mean there"),
+            (isinstance(layer, nn.LSTM) and layer.proj_size > 0, "has a proj_size: leave that out"),
+            (isinstance(layer, nn.TransformerEncoder), "may take a mask: call it with is_causal= beside mask="),
+            (
+                any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()),
+                "has torch's old weight_norm: use torch.nn.utils.parametrizations.weight_norm",
+            ),
         )
-    if client is None:
-        return run.model, held
-    assert run.task.owner is not None  # where normalization is the clients' own
-    model, mine = run.client_model(client), run.task.owner == client
-    if not mine.any():
-        raise ValueError(f"client {client} has no validation samples to measure a file on")
-    return model, Split(held.x[mine], held.y[mine])
+        for is_so, advice in known:
+            if is_so:
+                return f"; {name or 'it'} {advice}"
+    return ""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.compression.quantize import grid_codes
-from fedlab_kit.deployment.static import merge_ranges
+from fedlab_kit.deployment.calibration import merge_ranges
 from fedlab_kit.lab.exercises import Hint, call, exercise, number
 
 LAYER = (128, 784)  # the first Linear of `mlp`, what 03-3 asks about
