@@ -17,7 +17,8 @@ from fedlab_kit.deployment.evaluate import pooled
 from fedlab_kit.federation.rounds import play
 from fedlab_kit.federation.server import start
 from fedlab_kit.federation.setup import Evaluation, task
-from fedlab_kit.site_tables import CLINICS, Moments, clinics, heart_hospitals, rows_of, wards
+from fedlab_kit.patients import CLINICS, clinics, heart_hospitals, wards
+from fedlab_kit.site_tables import Moments, rows_of
 from fedlab_kit.statistics import wilson
 
 SEEDS = (0, 1, 2, 3, 4)

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fedlab_kit.deployment import score as score  # first of all: it silences onnxruntime before any import of that
 
 # isort: split
-from fedlab_kit import pneumonia as pneumonia  # these two register their data sets
-from fedlab_kit import site_tables as site_tables
+from fedlab_kit import patients as patients  # registers its data sets
 from fedlab_kit.catalog import dataset, model
 from fedlab_kit.data import Dataset, Preprocess, Split
 from fedlab_kit.deployment.artifact import Artifact, compress

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from fedlab_kit.settings import Clash, Settings, knob
 
@@ -179,7 +178,7 @@ class Experiment(Settings):
     def _in_order(cls, value: Any) -> Any:
         """Take a list, as JSON has it, in any order: equal experiments are equal values."""
         if not isinstance(value, list | tuple) or any(type(one) is not int or one < 0 for one in value):
-            raise PydanticCustomError("missing", "no classes")
+            raise ValueError("no classes")  # which is worded as for any field
         return tuple(sorted(set(value)))
 
     @property

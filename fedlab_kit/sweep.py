@@ -28,7 +28,8 @@ from fedlab_kit.deployment.subject import Subject, subject_of
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import ROOT, StoreError
 from fedlab_kit.run import Run
-from fedlab_kit.runs import find, parts, train
+from fedlab_kit.runs import execute as train  # whose warning is given here
+from fedlab_kit.runs import find, parts
 from fedlab_kit.settings import Clash, complaint
 from fedlab_kit.statistics import FEWEST_SEEDS, crossed_loss
 

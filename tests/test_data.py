@@ -98,7 +98,7 @@ def test_mnist_5k_holds_each_of_mlxtends_pictures_once() -> None:
 @pytest.mark.parametrize("name", ["digits", "mnist_5k", "hospitals"])
 def test_loading_what_is_bundled_imports_no_large_library(name: str) -> None:
     code = (
-        f"import sys; import fedlab_kit.site_tables; from fedlab_kit.data import load; load({name!r});"
+        f"import sys; import fedlab_kit.patients; from fedlab_kit.data import load; load({name!r});"
         "print([m for m in ('sklearn', 'scipy.sparse', 'pandas', 'pooch', 'requests') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlab_kit import download, site_tables
+from fedlab_kit import download, patients, site_tables
 from fedlab_kit.data import SPLITS, load
 from fedlab_kit.download import DataError
 from fedlab_kit.partition import partition
@@ -145,7 +145,7 @@ def test_hospitals_have_the_stated_patients() -> None:
     built = load("hospitals")
     assert [len(getattr(built, name)) for name in SPLITS] == [312, 86, 28, 143]
     x, y, site = (torch.cat([getattr(getattr(built, name), part) for name in SPLITS]) for part in ("x", "y", "site"))
-    for number, (name, (sick, healthy, _, _)) in enumerate(site_tables.WARDS.items()):
+    for number, (name, (sick, healthy, _, _)) in enumerate(patients.WARDS.items()):
         assert built.sites[number] == name
         assert torch.bincount(y[site == number]).tolist() == [healthy, sick]
     assert len(x.unique(dim=0)) == 569
@@ -154,25 +154,25 @@ def test_hospitals_have_the_stated_patients() -> None:
 def test_hospitals_come_from_scikit_learns_file() -> None:
     from sklearn.datasets import load_breast_cancer
 
-    x, malignant = site_tables._bundled()
+    x, malignant = patients._bundled()
     expected = load_breast_cancer()
     assert np.array_equal(x, expected.data) and np.array_equal(malignant, 1 - expected.target)
-    assert list(site_tables.CELLS[:10]) == list(expected.feature_names[:10])
-    assert np.allclose(site_tables.SPREADS, x[:, site_tables.READ].std(0, ddof=1), rtol=1e-3)
+    assert list(patients.CELLS[:10]) == list(expected.feature_names[:10])
+    assert np.allclose(patients.SPREADS, x[:, patients.READ].std(0, ddof=1), rtol=1e-3)
 
 
 def test_the_rural_microscope_reads_by_the_stated_gain_and_offset() -> None:
-    x, _ = site_tables._bundled()
+    x, _ = patients._bundled()
     rural = load("hospitals").train
     read = rural.x[rural.site == 3].double().numpy()
-    back = (read[:, site_tables.READ] - 0.5 * np.array(site_tables.SPREADS)) / 1.1
+    back = (read[:, patients.READ] - 0.5 * np.array(patients.SPREADS)) / 1.1
     for row, rest in zip(back, read[:, 10:20], strict=True):
         original = np.isclose(x[:, 10:20], rest, rtol=1e-6).all(1)
-        assert np.allclose(x[original][:, site_tables.READ], row, rtol=1e-5, atol=1e-7)
+        assert np.allclose(x[original][:, patients.READ], row, rtol=1e-5, atol=1e-7)
 
 
 def test_another_split_holds_the_same_patients() -> None:
-    first, other = site_tables.wards(0), site_tables.wards(1)
+    first, other = patients.wards(0), patients.wards(1)
     assert first.digest != other.digest
 
     def everybody(built: object) -> torch.Tensor:
@@ -194,12 +194,12 @@ def test_heart_reads_the_published_format(tmp_path: Path, monkeypatch: pytest.Mo
     folder = tmp_path / "heart_disease"
     folder.mkdir()
     md5 = {}
-    for rows, file in zip((30, 20, 12, 16), site_tables.HEART.md5, strict=True):
+    for rows, file in zip((30, 20, 12, 16), patients.HEART.md5, strict=True):
         (folder / file).write_text(made_up(rows))
         md5[file] = hashlib.md5((folder / file).read_bytes()).hexdigest()
     monkeypatch.setenv("FEDLAB_DATA", str(tmp_path))
-    monkeypatch.setattr(site_tables, "HEART", download.Source("heart_disease", (), md5))
-    built = site_tables.clinics(seed=0, shares=(0.48, 0.15, 0.03))
+    monkeypatch.setattr(patients, "HEART", download.Source("heart_disease", (), md5))
+    built = patients.clinics(seed=0, shares=(0.48, 0.15, 0.03))
     assert built.features[8:] == ("cp=2", "cp=3", "cp=4", "restecg=1", "restecg=2") and built.shape == (13,)
     assert torch.bincount(built.test.site).tolist() == [11, 7, 5, 6]  # 30 - floor(.66 * 30) and so on
     assert sum(len(getattr(built, name)) for name in SPLITS) == 78
@@ -211,7 +211,7 @@ def test_a_damaged_heart_file_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     (folder / "processed.cleveland.data").write_text("63,1\n")
     monkeypatch.setenv("FEDLAB_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"processed\.cleveland\.data must have the MD5 2d91a8ff"):
-        site_tables.clinics(seed=0, shares=(0.48, 0.15, 0.03))
+        patients.clinics(seed=0, shares=(0.48, 0.15, 0.03))
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_the_real_heart_has_the_published_numbers() -> None:
     """740 patients, of them 199/104, 172/89, 30/16 and 85/45 to learn and to test, as FLamby states."""
     if not (Path(os.environ.get("FEDLAB_DATA", "")) / "heart_disease").is_dir():
         pytest.skip("UCI Heart Disease is not here: set FEDLAB_DATA to a folder that holds heart_disease/")
-    built = site_tables.clinics(seed=0, shares=(0.66, 0.0, 0.0))
+    built = patients.clinics(seed=0, shares=(0.66, 0.0, 0.0))
     assert torch.bincount(built.train.site).tolist() == [199, 172, 30, 85]
     assert torch.bincount(built.test.site).tolist() == [104, 89, 16, 45]
     y, site = (torch.cat([getattr(getattr(built, name), part) for name in SPLITS]) for part in ("y", "site"))

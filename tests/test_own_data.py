@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import fedlab_kit as fk
-from fedlab_kit import download, pneumonia
+from fedlab_kit import download, patients
 from fedlab_kit.data import SPLITS
 from fedlab_kit.download import DataError
 from fedlab_kit.partition import partition
@@ -604,15 +604,15 @@ def test_pneumonia_reads_the_published_format_and_deals_it_out(tmp_path: Path, m
     file = made_up(tmp_path)
     monkeypatch.setenv("FEDLAB_DATA", str(tmp_path))
     md5 = {file.name: hashlib.md5(file.read_bytes()).hexdigest()}
-    monkeypatch.setattr(pneumonia, "PNEUMONIA", download.Source("pneumonia", (), md5))
-    data = pneumonia.pneumonia()
+    monkeypatch.setattr(patients, "PNEUMONIA", download.Source("pneumonia", (), md5))
+    data = patients.pneumonia()
     assert data.shape == (1, 28, 28) and data.train.x.dtype == torch.uint8 and data.classes == ("normal", "pneumonia")
     assert sizes(data) == [100, 20, 0, 30] and all(site.startswith("simulated") for site in data.sites)
     assert np.array_equal(data.test.x[:, 0], grey(2, 30, 28, 28))
     assert data.train.y.tolist() == [int(n % 4 > 0) for n in range(100)]
     counts = [torch.bincount(data.train.site[data.train.y == kind], minlength=4).tolist() for kind in (0, 1)]
     assert np.abs(np.subtract(counts, [[10, 7.5, 5, 2.5], [7.5, 15, 22.5, 30]])).max() <= 0.5
-    assert data.digest == pneumonia.pneumonia().digest
+    assert data.digest == patients.pneumonia().digest
     assert data.digest == "5f4b00e0d2adf8e7f3b7063e2df48d26f73e4b5a5e870a31f556ba4003eb5574"
 
 
@@ -622,7 +622,7 @@ def test_another_file_than_the_published_pneumonia_is_refused(tmp_path: Path, mo
     with pytest.raises(
         DataError, match=r"pneumoniamnist\.npz must have the MD5 28209eda62fecd6e6a2d98b1501bb15f, found"
     ):
-        pneumonia.pneumonia()
+        patients.pneumonia()
     np.savez(file, x=grey(0, 9, 28, 28), y=np.arange(9) % 3)
     with pytest.raises(DataError, match=r"must hold pictures \[n, 28, 28\] labelled 0 and 1, got \(1, 28, 28\) of"):
-        pneumonia.radiology(file)
+        patients.radiology(file)
