@@ -215,6 +215,10 @@ def test_damaged_books_are_named(registry):
     history.write_text(f"{first}\n\n{second}\n")
     with pytest.raises(StoreError, match=r"history\.jsonl, line 2, is damaged"):
         registry.rollback("?")
+    back = json.dumps({**json.loads(first), "event": "rollback"})
+    history.write_text(f"{second}\n{back}\n")
+    with pytest.raises(StoreError, match=r"is damaged: what came before .*'rollback'.* is gone"):
+        _ = registry.current
     (registry.version(2).path / "version.json").write_text("[]")
     with pytest.raises(StoreError, match=r"version\.json, line 1, is damaged"):
         _ = registry.versions

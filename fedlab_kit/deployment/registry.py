@@ -138,10 +138,12 @@ class Registry:
         """The versions that a chain of rollbacks would go through, the current one last."""
         stack: list[int] = []
         for event in self.history:
-            if event["event"] == "rollback":
+            if event["event"] == "promote":
+                stack.append(event["version"])
+            elif stack[-2:-1] == [event["version"]]:
                 stack.pop()
             else:
-                stack.append(event["version"])
+                raise StoreError(f"the registry {self.folder} is damaged: what came before {event} is gone")
         return stack
 
     def _numbers(self) -> list[int]:
