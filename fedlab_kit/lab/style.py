@@ -18,16 +18,16 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, which a notebook witho
     from matplotlib.figure import Figure
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-STYLES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (SKY, "P"))
+STYLES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (SKY, "P"), (BLUE, "X"))
 MARKERS = "os^DvPX*ph"
 KNOWN = (  # each name has the style at its place, wherever it is drawn
     ("fp32", "int8", "int4", "int2", "fp16"),
     ("weight", "channel"),
-    ("cnn", "student", "mlp", "logistic", "2nn", "resnet"),
+    ("cnn", "student", "mlp", "logistic", "2nn", "resnet", "half_mlp"),
     ("point",),
 )
 _PLACE = {name: place for names in KNOWN for place, name in enumerate(names)}
-_OTHERS = [(color, marker) for marker in MARKERS for color, own in STYLES if marker != own]
+_OTHERS = [(color, marker) for marker in MARKERS for color, _ in STYLES[:6] if (color, marker) not in STYLES]
 GREY = "#808080"
 PIXELS_PER_INCH = 100  # on the page; the picture itself holds half as many again, for sharp screens
 
