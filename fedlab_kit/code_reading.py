@@ -133,7 +133,7 @@ def _distribution(top: str) -> str:
 
 
 _HERE = Path(__file__).parent
-_DECIDES = ("compression/*.py", "federation/*.py", "wire/*.py", "data.py", "models.py", "partition.py")
+_DECIDES = ("compression/*.py", "federation/*.py", "wire/*.py", "data.py", "hands.py", "models.py", "partition.py")
 _SOURCES = {  # now, while it is what is loaded
     str(file.relative_to(_HERE)): file.read_bytes() for names in _DECIDES for file in sorted(_HERE.glob(names))
 }
