@@ -98,6 +98,13 @@ def test_nearly_all_cells_are_compared(notebook):
         assert "NBVAL_" not in cell.source
 
 
+def test_at_most_one_figure_in_five_is_left_out_of_the_comparison(notebook):
+    compared = [cell for cell in code_cells(notebook) if "nbval-ignore-output" not in tags(cell)]
+    printed = "\n".join(text for cell in compared for text in texts(cell)[1:])
+    figures = re.findall(r"(≈ ?)?[-+]?\b\d[\d,.]*", printed)
+    assert 5 * sum(map(bool, figures)) <= len(figures)
+
+
 def test_an_ignored_cell_is_followed_by_a_strict_one(notebook):
     cells = code_cells(notebook)
     ignored = ["nbval-ignore-output" in tags(cell) for cell in cells]
