@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import cycle
 from math import isfinite, isnan, nan, sqrt
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -19,20 +20,32 @@ from fedlab_kit.lab.style import (
     BYTES,
     GREY,
     MILLISECONDS,
+    STYLES,
     VERMILLION,
     html_table,
     other_than,
     percent,
     styles,
+    three,
     with_interval,
 )
+from fedlab_kit.lab.weight_figures import filters, histogram
 
 if TYPE_CHECKING:
     from fedlab_kit.deployment.drift import Look
     from fedlab_kit.deployment.monitor import Alarm
     from fedlab_kit.federation.server import RoundRecord
 
-__all__ = ["client_accuracy", "label_counts", "to_figure", "to_html", "to_image", "to_png"]  # made elsewhere
+__all__ = [  # made elsewhere
+    "client_accuracy",
+    "filters",
+    "histogram",
+    "label_counts",
+    "to_figure",
+    "to_html",
+    "to_image",
+    "to_png",
+]
 
 Point = Mapping[str, Any]
 Curve = tuple[str, "Sequence[RoundRecord]"]
@@ -169,6 +182,21 @@ def accuracy_curve(
         tuple(lines),
         note="" if lines else "No round yet",
         alt=f"{alt}.",
+    )
+
+
+def lines(curves: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> Plot:
+    """Show a quantity `y` against another, a line of points (x, y) for each name, told apart by colour and dash."""
+    across, up = zip(*(point for points in curves.values() for point in points), strict=True)
+    margin = 0.04 * (max(up) - min(up)) or 1.0
+    looks = zip(curves, cycle(STYLES[:6]), cycle(("-", "--", ":")), strict=False)
+    told = "; ".join(f"{name} from {three(points[0][1])} to {three(points[-1][1])}" for name, points in curves.items())
+    return Plot(
+        Axis(x, ends=(min(across), max(across)), whole=all(float(value).is_integer() for value in across)),
+        Axis(y, ends=(min(up) - margin, max(up) + margin)),
+        tuple(Kind(name, color, dash=dash) for name, (color, _), dash in looks),  # type: ignore[arg-type]
+        lines=tuple(Line(name, name, tuple(points)) for name, points in curves.items()),
+        alt=f"{y} against {x[0].lower()}{x[1:]}: {told}.",
     )
 
 
