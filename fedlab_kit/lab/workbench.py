@@ -178,7 +178,7 @@ class Session:
 
     def _begin(self, stage: Experiment, place: int) -> None:
         self.stage, self.records, self._place = stage, [], place
-        part = "" if stage == self.experiment else role(stage, self.experiment) or "model before"
+        part = self._part(stage)
         self._doing = f"Training the {part} first ({place} of {self._stages})" if part else "Training"
         self._said = f"{self._doing}: round 1 of {stage.rounds} has begun."
 
@@ -198,9 +198,13 @@ class Session:
             self.records = list(run.records)
             if run.records:
                 self.runs = [earlier for earlier in self.runs if earlier.experiment != run.experiment] + [run]
-            part = "" if run.experiment == self.experiment else role(run.experiment, self.experiment) or "model before"
+            part = self._part(run.experiment)
             self._said = f"The {part}: {outcome(run)}" if part else outcome(run)
         self._news()
+
+    def _part(self, stage: Experiment) -> str:
+        """What is trained before the experiment that was asked for, "" for that itself."""
+        return "" if stage == self.experiment else role(stage, self.experiment) or "model before"
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
