@@ -405,7 +405,8 @@ def test_whatever_lies_in_the_store_costs_nobody_else(store, runs_folder):
     damaged = look(good)
     assert {"f" * 20, "d" * 20} <= set(damaged) and len(damaged) == 3 * 6 + 2
     bench = fk.Bench(MOST)
-    assert "20 stored run(s) cannot be read" in bench.workbench.store_error and "marks.json" in bench.workbench.store_error
+    said = bench.workbench.store_error
+    assert "20 stored run(s) cannot be read" in said and "marks.json" in said
 
 
 def test_an_unreadable_folder_costs_that_run_alone(store, monkeypatch):
