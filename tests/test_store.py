@@ -27,6 +27,7 @@ from fedlab_kit.store import RunFolder
 
 MOST = fk.Experiment(
     dataset="blobs",
+    partition="dirichlet",
     model="mlp",
     clients=6,
     clients_per_round=4,
