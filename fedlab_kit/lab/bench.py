@@ -111,6 +111,7 @@ class Bench:
     @property
     def history(self) -> list[Row]:
         """The points on the plot, those of earlier benches first: see the filter below the table."""
+        self.workbench.whole.wait()
         return self.workbench.points.shown(self.screen.like, self.workbench.filter)
 
     @property

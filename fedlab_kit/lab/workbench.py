@@ -433,11 +433,15 @@ class Workbench:
         self.base: StoredRun | None = None
         self.study: tuple[str, list[tuple[Any, Experiment, Recipe]]] = "", []
         self._listener: Callable[..., object] = nobody
+        self.whole = Event()  # once what earlier benches left has been read
         self.compressor.worker.ask(partial(self._read, earlier))
         self.compressor.wait(PATIENCE)
 
     def _read(self, earlier: Sequence[StoredRun]) -> None:
-        self.points.read(earlier)
+        try:
+            self.points.read(earlier)
+        finally:
+            self.whole.set()
         self.notify()
 
     def listen(self, listener: Callable[..., object]) -> None:
@@ -583,6 +587,7 @@ class Workbench:
         self.listen(nobody)
         self.session.close()
         self.compressor.worker.close()
+        self.whole.set()  # nobody reads what is left
 
     def _finished(self, run: Run) -> None:
         self.base = run
