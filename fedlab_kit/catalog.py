@@ -84,7 +84,7 @@ def _add(kind: str, name: str, function: Function) -> Function:
     return function
 
 
-_DECIDES = ("compression/*.py", "federation/*.py", "wire/*.py", "data.py", "models.py", "partition.py")
+_DECIDES = ("compression/*.py", "federation/*.py", "wire/*.py", "data.py", "hands.py", "models.py", "partition.py")
 _SOURCES = {
     str(file.relative_to(pathlib.Path(__file__).parent)): file.read_bytes()  # now, while it is what is loaded
     for pattern in _DECIDES

@@ -28,7 +28,9 @@ from fedlab_kit.scale.client import RECORD, client
 from fedlab_kit.scale.exchange import GridExchange
 from fedlab_kit.scale.settings import line, modules_of, read, write
 
-SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=3, rounds=3, lr=0.05, batch_size=7)
+SMALL = fk.Experiment(
+    dataset="blobs", partition="dirichlet", model="mlp", clients=4, clients_per_round=3, rounds=3, lr=0.05, batch_size=7
+)
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,15 @@ from fedlab_kit.runs import history
 from fedlab_kit.store import RunFolder
 
 MOST = fk.Experiment(
-    dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=5, lr=0.05, strategy="scaffold", uplink="topk"
+    dataset="blobs",
+    partition="dirichlet",
+    model="mlp",
+    clients=6,
+    clients_per_round=4,
+    rounds=5,
+    lr=0.05,
+    strategy="scaffold",
+    uplink="topk",
 )  # the server has controls, every client has memory
 GONE = 99_999_999  # a process that cannot be
 

@@ -31,7 +31,9 @@ def normed(shape: tuple[int, ...], classes: int) -> nn.Module:
     )
 
 
-BASE = fk.Experiment(model="mlp", clients=8, clients_per_round=4, rounds=4, lr=0.05)
+BASE = fk.Experiment(
+    dataset="digits", model="mlp", partition="dirichlet", clients=8, clients_per_round=4, rounds=4, lr=0.05
+)
 TEACHER = BASE.replace(model="cnn", rounds=2)
 PRUNED = {"start": BASE, "start_recipe": fk.Recipe(prune_ratio=0.5), "mask_ratio": 0.7}
 EXPERIMENTS = {
@@ -40,7 +42,7 @@ EXPERIMENTS = {
     "fedavgm": {"strategy": "fedavgm", "partition": "shards"},
     "fedadam": {"strategy": "fedadam", "partition": "iid"},
     "scaffold": {"strategy": "scaffold", "uplink": "int8"},
-    "feddf": {"strategy": "feddf", "model": "student"},
+    "feddf": {"strategy": "feddf", "model": "half_mlp"},
     "median": {"strategy": "median", "dropout": 0.3},
     "cnn": {"model": "cnn"},
     "resnet": {"model": "resnet", "rounds": 1, "clients_per_round": 2},

@@ -157,5 +157,5 @@ class Bench:
 
 
 def default_experiment() -> Experiment:
-    """A small student of a larger teacher, so that each of the three knobs has something to do."""
-    return Experiment(model="student", teacher=Experiment())
+    """A small student of a larger teacher, whose clients have no 3, so that each of the three knobs does something."""
+    return Experiment(model="student", missing=(3,), teacher=Experiment(rounds=100, lr=0.1))
