@@ -477,6 +477,7 @@ def test_the_digest_covers_the_modules_that_decide_weights() -> None:
     names = set(code_reading._SOURCES)
     assert {
         "data.py",
+        "hands.py",
         "models.py",
         "partition.py",
         "federation/rounds.py",

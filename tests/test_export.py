@@ -26,7 +26,7 @@ from fedlab_kit.run import StoredRun
 EXPERIMENT = fk.Experiment(
     dataset="digits",
     partition="dirichlet",
-    model="student",
+    model="half_mlp",
     clients=4,
     clients_per_round=3,
     rounds=2,
