@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 
-from benchmarks import architectures, compress, drift, harness, hospitals, rounds, scale, wire
+from benchmarks import architectures, compress, drift, harness, hospitals, rounds, scale, task, wire
 
 BENCHMARKS = {
     "speed": rounds.speed,
@@ -32,6 +32,8 @@ BENCHMARKS = {
     "heart": hospitals.heart,
     "weakest": hospitals.weakest,
     "drift": drift.drift,
+    "task": task.fitness,
+    "temperature": task.temperature,
 }
 QUICK = ("speed", "default", "growth", "mcmahan", "import", "answer", "codecs", "heart")
 

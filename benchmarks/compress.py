@@ -186,7 +186,7 @@ def answers() -> list[Row]:
     import torch
 
     torch.set_num_threads(1)
-    run = fk.train(fk.Experiment())
+    run = fk.train(fk.Experiment(dataset="digits", partition="dirichlet", rounds=20))
     recipes = {
         "fp32": fk.Recipe(),
         "weight 0.8": fk.Recipe(prune_ratio=0.8),

@@ -182,7 +182,7 @@ def shrink(seed: int) -> Row:
     built = wards(seed)
     fk.dataset("hospitals again")(lambda: built)
     teacher = LARGE.replace(seed=seed)
-    runs = {"teacher": fk.train(teacher), "student": fk.train(teacher.replace(model="student", teacher=teacher))}
+    runs = {"teacher": fk.train(teacher), "student": fk.train(teacher.replace(model="half_mlp", teacher=teacher))}
     baseline = fk.compress(runs["teacher"], fk.Recipe())
     small = {f"{who} {how}": fk.compress(runs[who], recipe) for who in runs for how, recipe in RECIPES.items()}
     table = pandas.DataFrame([{"name": n, "accuracy": a.accuracy, "bytes": a.bytes} for n, a in small.items()])

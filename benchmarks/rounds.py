@@ -121,7 +121,7 @@ def plain_rounds(experiment: fk.Experiment) -> Any:
 
 def time_default(model: str) -> Row:
     """Train the default experiment in an empty store, after one round that warms the libraries."""
-    experiment = fk.Experiment(model=model)
+    experiment = fk.Experiment(dataset="digits", partition="dirichlet", rounds=20, model=model)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FEDLAB_RUNS"] = folder
         fk.train(experiment.replace(rounds=1))

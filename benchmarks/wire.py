@@ -160,7 +160,7 @@ def codec_cost() -> list[Row]:
     from fedlab_kit.wire import compensate, make, unpack
 
     torch.set_num_threads(1)
-    experiment = fk.Experiment()
+    experiment = fk.Experiment(dataset="digits", partition="dirichlet")
     round_ms = 1e3 * median(record.seconds for record in fk.rounds(experiment.replace(rounds=6)))
     states = [s for s, _ in play(start(experiment.replace(rounds=2)), {})]
     update, rng = states[1].weights - states[0].weights, np.random.default_rng(0)

@@ -44,7 +44,7 @@ class Experiment(Settings):
     Example: `Experiment(model="mlp", clients=50, partition="shards", rounds=30)`.
     """
 
-    dataset: str = knob("digits", "Data set", "data", source="dataset")
+    dataset: str = knob("mnist_5k", "Data set", "data", source="dataset")
     """What the clients' samples are drawn from."""
     model: str = knob("cnn", "Model", "training", source="model")
     """The network that every client trains."""
@@ -52,7 +52,7 @@ class Experiment(Settings):
     """How many clients hold data."""
     clients_per_round: int = knob(10, "Clients per round", "data", ge=1, span=(1, 50))
     """The cohort: clients sampled in one round."""
-    partition: Literal["iid", "dirichlet", "shards", "site", "hands"] = knob("dirichlet", "Partition", "data")
+    partition: Literal["iid", "dirichlet", "shards", "site", "hands"] = knob("hands", "Partition", "data")
     """How samples are dealt out: evenly (iid), with skewed labels (dirichlet), two labels or so per client (shards), as
     the data set's own sites hold them (site), or evenly with every client writing its pictures in its own hand (hands):
     turned, slanted, thick or thin, pale, cluttered."""
@@ -62,7 +62,7 @@ class Experiment(Settings):
     """Dirichlet concentration: 0.1 is very skewed, 100 is nearly even."""
     missing: tuple[int, ...] = knob((), "Missing classes", "data")
     """Classes, by number, of which no client has a training sample; validation and test keep theirs."""
-    rounds: int = knob(20, "Rounds", "training", ge=1, le=100_000, span=(1, 50))
+    rounds: int = knob(60, "Rounds", "training", ge=1, le=100_000, span=(1, 100))
     """How often the server averages."""
     local_epochs: int = knob(1, "Local epochs", "training", ge=1, le=1000, span=(1, 10))
     """Passes over a client's own samples in one round."""

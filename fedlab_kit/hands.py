@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TURN, SLANT, THICK, INK, STROKES = 25.0, 0.4, 0.8, 0.35, 3
+TURN, SLANT, THICK, INK, STROKES = 20.0, 0.35, 0.7, 0.35, 2
 """How far hands differ: rotation to either side in degrees, shear to either side, the share of the way to a stroke a
 pixel wider or narrower, the palest ink among 0..1, and the most strokes of clutter in a picture."""
 FINE, WHOLE = 32, 256  # parts of a pixel in which pictures are read, parts of the way between two values

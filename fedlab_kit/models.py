@@ -163,14 +163,14 @@ def cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
 
     It starts from He et al.'s weights (2015): in twenty rounds it then learns what takes sixty from PyTorch's.
     """
-    features, wide = _two_convolutions(shape, 10, 20)
+    features, wide = two_convolutions(shape, 10, 20)
     return nn.Sequential(*features, _he(nn.Linear(wide, 50)), nn.ReLU(), _he(nn.Linear(50, classes), 0.5))
 
 
 @model
 def student(shape: tuple[int, ...], classes: int) -> nn.Module:
     """A small `cnn`, 3,898 parameters on 28x28: 6 and 12 channels, one dense layer; it learns from a teacher."""
-    features, wide = _two_convolutions(shape, 6, 12)
+    features, wide = two_convolutions(shape, 6, 12)
     return nn.Sequential(*features, _he(nn.Linear(wide, classes), 0.5))
 
 
@@ -238,7 +238,7 @@ def _dense(shape: tuple[int, ...], *widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def _two_convolutions(shape: tuple[int, ...], first: int, second: int) -> tuple[list[nn.Module], int]:
+def two_convolutions(shape: tuple[int, ...], first: int, second: int) -> tuple[list[nn.Module], int]:
     """Return two 5x5 convolutions, each pooled by two, as layers that end in a row of features, and how many."""
     channels, height, width = _image(shape, smallest=16)
     layers: list[nn.Module] = [_he(nn.Conv2d(channels, first, 5)), nn.MaxPool2d(2), nn.ReLU()]

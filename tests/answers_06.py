@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import fedlab_kit as fk
+from fedlab_kit.lab.exercises import COURSE
 
 
 class Late:
@@ -13,10 +14,10 @@ class Late:
         self.make = cache(make)
 
 
-LOGISTIC = fk.Experiment(model="logistic")
+LOGISTIC = COURSE.replace(model="logistic")
 CHEAP = LOGISTIC.replace(uplink="ternary", downlink="int4")
 SKEWED = LOGISTIC.replace(alpha=0.1, strategy="fedavgm", server_momentum=0.5)
-BARE = fk.Experiment(model="logistic", rounds=1, lr=0.001)  # small, and of no use
+BARE = LOGISTIC.replace(rounds=1, lr=0.001)  # small, and of no use
 
 
 def artifact(experiment, **recipe):
@@ -38,7 +39,7 @@ RIGHT = {
 WRONG = {
     "06-1": [
         (artifact(LOGISTIC), "Fewer bits for each weight come first"),
-        (artifact(fk.Experiment(model="student"), dtype="int8"), "try every Model"),
+        (artifact(COURSE.replace(model="half_mlp"), dtype="int8"), "try every Model"),
         (artifact(LOGISTIC, dtype="int8"), "Now the prune ratio, or fewer bits still"),
         (artifact(BARE, dtype="int4"), "85.0 % are asked for"),
         (Late(gone), "cannot be measured again"),

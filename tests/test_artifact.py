@@ -36,7 +36,9 @@ RECIPES = [
     fk.Recipe(dtype="int2", keep="ends"),
     fk.Recipe(prune="channel", prune_ratio=0.25, dtype="int8", quantization="static"),
 ]
-EXPERIMENT = fk.Experiment(model="cnn", clients=4, clients_per_round=4, rounds=2)
+EXPERIMENT = fk.Experiment(
+    dataset="digits", model="cnn", partition="dirichlet", clients=4, clients_per_round=4, rounds=2
+)
 
 
 @pytest.fixture(scope="module")

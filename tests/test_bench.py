@@ -18,7 +18,7 @@ from fedlab_kit.lab.bench import TEXT, Bench
 from fedlab_kit.lab.workbench import NO_RUN, earlier_curves
 from fedlab_kit.runs import history
 
-TINY = Experiment(model="logistic", clients=4, clients_per_round=2, rounds=3)
+TINY = Experiment(dataset="digits", model="logistic", partition="dirichlet", clients=4, clients_per_round=2, rounds=3)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_nothing_is_drawn_twice(live, monkeypatch):
     assert (live.screen.curve.picture.value, live.screen.scatter.picture.value) == before
 
 
-LIVE = Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2, rounds=2)
+LIVE = Experiment(dataset="blobs", partition="dirichlet", model="mlp", clients=4, clients_per_round=2, rounds=2)
 
 
 @pytest.fixture

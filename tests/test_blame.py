@@ -25,7 +25,9 @@ from fedlab_kit.lab.text import comparison, outcome
 from fedlab_kit.run import absent
 from fedlab_kit.wire import CODECS, NotFinite, PayloadError, compensate, make, pack, unpack
 
-SMALL = fk.Experiment(dataset="blobs", model="logistic", clients=4, clients_per_round=4, rounds=2)
+SMALL = fk.Experiment(
+    dataset="blobs", partition="dirichlet", model="logistic", clients=4, clients_per_round=4, rounds=2
+)
 SITES = SMALL.replace(dataset="blobs_at_sites", partition="site", clients=3, clients_per_round=3)
 NONE = Split(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))
 

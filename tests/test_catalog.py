@@ -197,7 +197,7 @@ MOVED = {
     "what nobody reads": lambda text: text + "\nUNUSED = 5\n",
     "order": lambda text: text.replace("WIDTH = 8\n", "").replace("\nKINDS", "\nWIDTH = 8\nKINDS"),
 }
-SMALL = fk.Experiment(dataset="blobs", clients=3, clients_per_round=3, rounds=1)
+SMALL = fk.Experiment(dataset="blobs", partition="dirichlet", clients=3, clients_per_round=3, rounds=1)
 MINE = SMALL.replace(model="mine", uplink="mine")
 
 
@@ -477,6 +477,7 @@ def test_the_digest_covers_the_modules_that_decide_weights() -> None:
     names = set(code_reading._SOURCES)
     assert {
         "data.py",
+        "hands.py",
         "models.py",
         "partition.py",
         "federation/rounds.py",

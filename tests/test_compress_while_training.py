@@ -21,7 +21,16 @@ from fedlab_kit.federation.setup import task
 from fedlab_kit.runs import parents_of
 from fedlab_kit.wire import make
 
-SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=10, lr=0.05, batch_size=7)
+SMALL = fk.Experiment(
+    dataset="blobs",
+    partition="dirichlet",
+    model="mlp",
+    clients=6,
+    clients_per_round=4,
+    rounds=10,
+    lr=0.05,
+    batch_size=7,
+)
 
 
 def made(experiment):
@@ -235,7 +244,9 @@ def test_a_model_goes_on_with_newer_data_of_the_same_shape():
 
 
 def test_channels_that_are_gone_make_rounds_smaller():
-    base = fk.Experiment(dataset="tiny_images", model="tiny_cnn", clients=4, clients_per_round=2, rounds=3)
+    base = fk.Experiment(
+        dataset="tiny_images", partition="dirichlet", model="tiny_cnn", clients=4, clients_per_round=2, rounds=3
+    )
     pruned = base.replace(start=base, start_recipe=fk.Recipe(prune="channel", prune_ratio=0.5))
     run, first = fk.train(pruned), fk.train(base)
     assert len(run.weights) < 0.6 * len(first.weights)

@@ -18,7 +18,7 @@ from fedlab_kit.run import Run, StoredRun
 from fedlab_kit.runs import history, runs_folder, train
 from fedlab_kit.sweep import MEASURED
 
-TINY = Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2, rounds=1)
+TINY = Experiment(dataset="blobs", partition="dirichlet", model="mlp", clients=4, clients_per_round=2, rounds=1)
 HALF = Recipe(prune_ratio=0.5)
 
 
@@ -133,7 +133,9 @@ def stored() -> StoredRun:
     """A run on paper."""
     record = RoundRecord(1, 0.5, 0.4, 0.6, 1.0, 1000, 1000, 0.5, (0,), (0,), (5,), (10,))
     measured = {"seconds": 0.5, "when": "2026", "machine": ""}
-    return StoredRun(Experiment(rounds=1), Path("abc"), (record,), measured, from_store=True)
+    return StoredRun(
+        Experiment(dataset="digits", partition="dirichlet", rounds=1), Path("abc"), (record,), measured, from_store=True
+    )
 
 
 def two_points(folder: Path) -> Points:

@@ -13,7 +13,9 @@ def test_the_line_goes_through_exact_measurements_and_on():
 
 
 def test_a_measured_round_counts_its_bytes():
-    small = measure(fk.Experiment(model="logistic", partition="iid", clients=40, clients_per_round=30))
+    small = measure(
+        fk.Experiment(dataset="digits", model="logistic", partition="iid", clients=40, clients_per_round=30)
+    )
     frame = 14 + 4 * (28 * 28 + 1) * 10
     assert small.clients == 30 and small.up * 1e6 == pytest.approx(30 * frame)
     assert small.down * 1e6 == pytest.approx(30 * (1 + frame)) and small.seconds > 0 and small.memory >= 0
@@ -21,4 +23,4 @@ def test_a_measured_round_counts_its_bytes():
 
 def test_a_failed_measurement_says_why():
     with pytest.raises(RuntimeError, match=r"(?s)^the measurement failed:.*dataset must be one of"):
-        measure(fk.Experiment(dataset="nowhere"))
+        measure(fk.Experiment(dataset="nowhere", partition="dirichlet"))

@@ -24,8 +24,8 @@ from fedlab_kit.run import StoredRun
 from fedlab_kit.wire import privacy
 
 SMALL = fk.Experiment(
-    dataset="blobs", model="logistic", clients=3, clients_per_round=2, rounds=3, batch_size=9, alpha=5.0,
-    privacy="record", noise_multiplier=1.3,
+    dataset="blobs", partition="dirichlet", model="logistic", clients=3, clients_per_round=2, rounds=3, batch_size=9,
+    alpha=5.0, privacy="record", noise_multiplier=1.3,
 )  # fmt: skip
 CLIENTS = SMALL.replace(privacy="client", clients=40, clients_per_round=8, partition="iid")
 DELTA = 1e-4

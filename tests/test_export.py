@@ -24,7 +24,14 @@ from fedlab_kit.reproduce import reproduce
 from fedlab_kit.run import StoredRun
 
 EXPERIMENT = fk.Experiment(
-    model="student", clients=4, clients_per_round=3, rounds=2, alpha=1.0, teacher=fk.Experiment(rounds=1)
+    dataset="digits",
+    partition="dirichlet",
+    model="half_mlp",
+    clients=4,
+    clients_per_round=3,
+    rounds=2,
+    alpha=1.0,
+    teacher=fk.Experiment(dataset="digits", partition="dirichlet", rounds=1),
 )
 RECIPE = fk.Recipe(prune_ratio=0.3, dtype="int8")
 
@@ -97,8 +104,14 @@ def test_the_code_reproduces_the_artifact_in_another_process(folder, artifact, t
 
 
 def test_code_tells_what_was_registered_by_hand(tmp_path):
-    own = fk.Experiment(dataset="blobs", model="norm_net", clients=3, clients_per_round=3, rounds=1)
-    run = fk.train(fk.Experiment(dataset="blobs", model="norm_net", clients=3, clients_per_round=3, rounds=1))
+    own = fk.Experiment(
+        dataset="blobs", partition="dirichlet", model="norm_net", clients=3, clients_per_round=3, rounds=1
+    )
+    run = fk.train(
+        fk.Experiment(
+            dataset="blobs", partition="dirichlet", model="norm_net", clients=3, clients_per_round=3, rounds=1
+        )
+    )
     code = reproduce(run, fk.Recipe(), "0" * 64)
     assert "\ndef norm_net(" in code and "\ndef blobs(" in code and "Not carried" not in code
     assert f"run = train({own!r})" in code
@@ -167,8 +180,8 @@ class Halves(fk.Codec):
     def decode(self, body, size):
         return torch.from_numpy(numpy.frombuffer(body, numpy.float32).copy()) * 2
 
-child = fk.Experiment(dataset="blobs", model="mlp", clients=3, clients_per_round=3, rounds=1, uplink="halves",
-                      teacher=fk.Experiment(dataset="blobs", model="mine", clients=3, clients_per_round=3, rounds=1))
+parent = fk.Experiment(dataset="blobs", partition="iid", model="mine", clients=3, clients_per_round=3, rounds=1)
+child = parent.replace(model="mlp", uplink="halves", teacher=parent)
 """
 
 
@@ -198,7 +211,9 @@ def test_code_says_what_it_cannot_bring(tmp_path):
         return torch.nn.Linear(6, classes)
 
     catalog.model("mine")(mine)
-    run = fk.train(fk.Experiment(dataset="blobs", model="mine", clients=3, clients_per_round=3, rounds=1))
+    run = fk.train(
+        fk.Experiment(dataset="blobs", partition="dirichlet", model="mine", clients=3, clients_per_round=3, rounds=1)
+    )
     code = reproduce(run, fk.Recipe(), "0" * 64)
     assert "# Not carried along, define it yourself: mine (it takes table from the function around it)." in code
     catalog.model("mine")(lambda shape, classes: torch.nn.Linear(6, classes))
@@ -245,7 +260,11 @@ def test_the_report_needs_nothing_beside_it_and_reads_without_its_pictures(folde
 
 
 def test_clients_that_are_no_sites_are_numbered_in_the_report(tmp_path):
-    run = fk.train(fk.Experiment(dataset="blobs_at_sites", model="mlp", clients=5, clients_per_round=5, rounds=1))
+    run = fk.train(
+        fk.Experiment(
+            dataset="blobs_at_sites", partition="dirichlet", model="mlp", clients=5, clients_per_round=5, rounds=1
+        )
+    )
     folder = export(tmp_path / "mixed", fk.compress(run, fk.Recipe()), run, [])
     assert re.search("Accuracy of each of 5 clients: .* worst client [0-4] with", (folder / "report.html").read_text())
 

@@ -42,7 +42,9 @@ def test_certificates_and_keys_fit_together_and_are_private(tmp_path):
 def test_faults_are_in_the_records_and_the_run_goes_on(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
     __import__("saboteur")
-    experiment = fk.Experiment(dataset="sabotaged", model="mlp", clients=4, clients_per_round=4, rounds=6, lr=0.05)
+    experiment = fk.Experiment(
+        dataset="sabotaged", partition="dirichlet", model="mlp", clients=4, clients_per_round=4, rounds=6, lr=0.05
+    )
     with Federation(3, patience=25.0) as federation:
         federation.register(3)  # known, but late
         stranger = federation.join(7)
@@ -82,7 +84,16 @@ def test_an_interrupted_federation_leaves_nothing_behind(tmp_path, after):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_ray_gives_the_same_weights_and_is_gone_afterwards(tmp_path):
-    experiment = fk.Experiment(model="mlp", clients=6, clients_per_round=4, rounds=3, uplink="stc", downlink="int4")
+    experiment = fk.Experiment(
+        dataset="digits",
+        partition="dirichlet",
+        model="mlp",
+        clients=6,
+        clients_per_round=4,
+        rounds=3,
+        uplink="stc",
+        downlink="int4",
+    )
     before = {process.pid for process in psutil.process_iter()}
     there = fk.train(experiment, engine="flower")
     here = runs.execute(experiment, store=tmp_path / "here")

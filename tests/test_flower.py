@@ -29,7 +29,9 @@ from safetensors.torch import load
 from fedlab_kit.scale.client import RECORD, client, line, modules_of, read, write
 from fedlab_kit.scale.flower import GridExchange
 
-SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=3, rounds=3, lr=0.05, batch_size=7)
+SMALL = fk.Experiment(
+    dataset="blobs", partition="dirichlet", model="mlp", clients=4, clients_per_round=3, rounds=3, lr=0.05, batch_size=7
+)
 
 
 @pytest.fixture(autouse=True)
@@ -279,7 +281,9 @@ def test_the_settings_of_flwr_run_name_every_field():
     settings = dict(project["tool"]["flwr"]["app"]["config"])
     assert settings.pop("patience") > 0 and settings.pop("modules") == ""
     assert set(settings) == set(fk.Experiment.model_fields)
-    assert read(settings) == fk.Experiment(clients=2, clients_per_round=2)  # as many as Flower's simulation starts
+    assert read(settings) == fk.Experiment(
+        dataset="digits", partition="dirichlet", clients=2, clients_per_round=2
+    )  # as many as Flower's simulation starts
     nested = SMALL.replace(teacher=SMALL, start=SMALL, start_recipe=fk.Recipe(prune_ratio=0.5), missing=(0, 2))
     assert read(json.loads(json.dumps(write(nested)))) == nested
 

@@ -22,7 +22,9 @@ from fedlab_kit.models import build
 from fedlab_kit.runs import parents_of
 from fedlab_kit.wire.frame import HEADER
 
-SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=4, lr=0.05)
+SMALL = fk.Experiment(
+    dataset="blobs", partition="dirichlet", model="mlp", clients=6, clients_per_round=4, rounds=4, lr=0.05
+)
 
 
 @fk.model

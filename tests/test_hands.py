@@ -84,15 +84,15 @@ def test_hands_spread_each_trait_evenly_over_its_range():
         found = np.sort([getattr(hand, name) for hand in field])
         np.testing.assert_allclose(found, least + (most - least) * even, atol=1e-9)
     np.testing.assert_allclose(np.sort([hand.ink for hand in field]), INK + (1 - INK) * even)
-    assert np.bincount([hand.strokes for hand in field]).tolist() == [20 // (STROKES + 1)] * (STROKES + 1)
+    assert sorted(np.bincount([hand.strokes for hand in field])) == [6, 7, 7] and STROKES == 2
     assert hands(20) == field != hands(21)[:20]
     assert hands(1)[0] == Hand(0.0, 0.0, 0.0, (1 + INK) / 2, (STROKES + 1) // 2)
 
 
 def test_the_default_field_has_the_same_bytes_on_every_machine():
     """A change of these digests changes every stored run on hands."""
-    found = data_of(fk.Experiment(dataset="mnist_5k", partition="hands", clients=20, seed=7))
-    assert found.digest == "0b652af63dc42936c6c948b6c3bdfddc57bbfd8eee568167fdcbc2b124211be7"
+    found = data_of(fk.Experiment())
+    assert found.digest == "58b823645daa047abcc19ea9ecdd8630189678bc7d9b8a268900a54830f1e920"
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "public", "test"])

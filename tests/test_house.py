@@ -1,6 +1,7 @@
 """The order of the rooms: a module imports only modules that stand above it in fedlab_kit/README.md, the one list."""
 
 import ast
+import re
 from pathlib import Path
 
 import fedlab_kit
@@ -64,3 +65,9 @@ def test_no_pickle_no_eval():
     for path in ROOT.rglob("*.py"):
         calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
         assert not calls & {"eval", "exec", "pickle.loads", "pickle.load", "torch.load", "torch.save"}, path
+
+
+def test_every_file_that_the_readme_names_is_there():
+    text = (ROOT.parent / "README.md").read_text()
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", text)) - {"score.py", "reproduce.py"}  # what an export holds
+    assert [name for name in named if not any((base / name).exists() for base in (ROOT, ROOT.parent))] == []

@@ -23,8 +23,12 @@ from fedlab_kit.lab import leaderboard as board
 from fedlab_kit.lab.leaderboard import moved, worst_client
 from fedlab_kit.runs import identify
 
-ROOM = fk.Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=4, rounds=6, alpha=0.3, lr=0.2)
-ELSEWHERE = fk.Experiment(dataset="tiny_images", model="logistic", clients=2, clients_per_round=2, rounds=1)
+ROOM = fk.Experiment(
+    dataset="blobs", partition="dirichlet", model="mlp", clients=4, clients_per_round=4, rounds=6, alpha=0.3, lr=0.2
+)
+ELSEWHERE = fk.Experiment(
+    dataset="tiny_images", partition="dirichlet", model="logistic", clients=2, clients_per_round=2, rounds=1
+)
 PLAIN, SMALL = fk.Recipe(), fk.Recipe(dtype="fp16")
 
 
@@ -123,7 +127,9 @@ def damage(room: Path) -> None:
     (room / "empty").mkdir()
     hand_in(
         room / "foreign",
-        fk.Experiment(dataset="tiny_images", model="logistic", clients=2, clients_per_round=2, rounds=1),
+        fk.Experiment(
+            dataset="tiny_images", partition="dirichlet", model="logistic", clients=2, clients_per_round=2, rounds=1
+        ),
         PLAIN,
     )
     (room / ".hidden").mkdir()

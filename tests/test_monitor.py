@@ -203,7 +203,11 @@ def test_patients_who_were_not_scored_are_not_wrong(artifact):
 
 
 def test_of_pictures_the_confidence_is_watched():
-    run = fk.train(fk.Experiment(dataset="tiny_images", model="tiny_cnn", clients=2, clients_per_round=2, rounds=1))
+    run = fk.train(
+        fk.Experiment(
+            dataset="tiny_images", partition="dirichlet", model="tiny_cnn", clients=2, clients_per_round=2, rounds=1
+        )
+    )
     monitor = Monitor(fk.compress(run, fk.Recipe()), run.dataset.train)
     assert monitor.watch("all", run.dataset.test.x.numpy()).shape == (40, 2)
     assert set(monitor.sites["all"].drifts) == {"confidence"} and LEVEL == 1e-6

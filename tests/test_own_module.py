@@ -170,7 +170,9 @@ def test_stored_modules_are_nobodys_runs(runs_folder: Path) -> None:
     net, data = trained(*CASES["tied"]), CASES["tied"][1]
     fk.compress(net, fk.Recipe(), dataset=data)
     assert history() == ((), [])
-    run = fk.train(fk.Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2, rounds=1))
+    run = fk.train(
+        fk.Experiment(dataset="blobs", partition="dirichlet", model="mlp", clients=4, clients_per_round=2, rounds=1)
+    )
     assert len(history()[0]) == 1
     with pytest.raises(ValueError, match="must be of the run it is exported with"):
         export(runs_folder / "home", fk.compress(net, fk.Recipe(), dataset=data), run, [])
@@ -179,7 +181,7 @@ def test_stored_modules_are_nobodys_runs(runs_folder: Path) -> None:
 def test_a_team_without_a_federation_has_a_size_and_no_round(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     artifact = fk.compress(net, fk.Recipe(), tmp_path / "team", dataset="blobs")
-    room = fk.Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2)
+    room = fk.Experiment(dataset="blobs", partition="dirichlet", model="mlp", clients=4, clients_per_round=2)
     (tmp_path / "team" / f"{artifact.path.name}.zst").unlink()
     by_size = fk.leaderboard(tmp_path, experiment=room).iloc[0]
     assert by_size["rank"] == 1 and by_size["zstd_bytes"] == artifact.zstd_bytes
@@ -301,8 +303,10 @@ def test_a_layer_that_others_stumble_over_is_named_with_what_to_do(name: str) ->
 
 
 def test_wrong_arguments_are_named() -> None:
-    net, run = nn.Linear(6, 2), fk.train(fk.Experiment(dataset="blobs", model="logistic", clients=2, rounds=1,
-                                                       clients_per_round=2))  # fmt: skip
+    pair = fk.Experiment(
+        dataset="blobs", partition="dirichlet", model="logistic", clients=2, rounds=1, clients_per_round=2
+    )
+    net, run = nn.Linear(6, 2), fk.train(pair)
     with pytest.raises(ValueError, match=r"dataset must be a registered name or an fk.Dataset for a module.*got None"):
         fk.compress(net, fk.Recipe())
     with pytest.raises(ValueError, match=r"dataset must be one of .*, got 'nowhere'"):

@@ -102,7 +102,7 @@ def test_a_client_is_a_site() -> None:
         ("shards", 4, 1.0, "clients must be 1 to 3 for the shards partition of 6 samples, got 4"),
         ("dirichlet", 2, 0.0, "alpha must be above 0, got 0.0"),
         ("dirichlet", 2, float("nan"), "alpha must be above 0, got nan"),
-        ("site", 2, 1.0, "partition 'site' needs a dataset with sites; 'toy' has none"),
+        ("site", 2, 1.0, "partition must not be site for dataset 'toy', which has none"),
         ("random", 2, 1.0, "partition must be one of iid, dirichlet, shards, site, hands, got 'random'"),
     ],
 )

@@ -120,7 +120,11 @@ def test_a_wrong_array_is_named(artifacts, x, message):
 
 
 def test_images_are_no_columns():
-    run = fk.train(fk.Experiment(dataset="tiny_images", model="tiny_cnn", clients=2, clients_per_round=2, rounds=1))
+    run = fk.train(
+        fk.Experiment(
+            dataset="tiny_images", partition="dirichlet", model="tiny_cnn", clients=2, clients_per_round=2, rounds=1
+        )
+    )
     with pytest.raises(ValueError, match="this model names no columns: give an array"):
         fk.compress(run, fk.Recipe()).predict({"pixel": [1]})
 

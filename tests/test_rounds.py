@@ -14,7 +14,9 @@ from fedlab_kit.federation.client import client_step, cohort_step, plan
 from fedlab_kit.federation.server import answering, broadcast, select, server_step, start
 from fedlab_kit.federation.setup import rng_for, task
 
-SMALL = Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=3, lr=0.05, batch_size=7)
+SMALL = Experiment(
+    dataset="blobs", partition="dirichlet", model="mlp", clients=6, clients_per_round=4, rounds=3, lr=0.05, batch_size=7
+)
 
 
 def weights_after(experiment: Experiment) -> torch.Tensor:

@@ -21,7 +21,9 @@ from fedlab_kit.lab.style import human_bytes
 from fedlab_kit.runs import history
 from fedlab_kit.store import ClientFiles, RunFolder
 
-SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=5, lr=0.05)
+SMALL = fk.Experiment(
+    dataset="blobs", partition="dirichlet", model="mlp", clients=6, clients_per_round=4, rounds=5, lr=0.05
+)
 
 
 def test_a_run_is_plain_files_and_answered_from_the_store():

@@ -17,7 +17,7 @@ from fedlab_kit.lab.workbench import Session, earlier_curves
 from fedlab_kit.runs import history, train
 from fedlab_kit.store import RunFolder
 
-TINY = Experiment(model="logistic", clients=4, clients_per_round=2, rounds=3)
+TINY = Experiment(dataset="digits", model="logistic", partition="dirichlet", clients=4, clients_per_round=2, rounds=3)
 LONG = TINY.replace(rounds=100_000)
 
 

@@ -17,7 +17,7 @@ from fedlab_kit.lab.history import Marks
 from fedlab_kit.lab.layout import Choice
 from fedlab_kit.runs import history, train
 
-TINY = Experiment(dataset="blobs", model="mlp", clients=4, clients_per_round=2, rounds=2)
+TINY = Experiment(dataset="blobs", partition="dirichlet", model="mlp", clients=4, clients_per_round=2, rounds=2)
 OTHER = TINY.replace(model="logistic", alpha=5.0)
 
 

@@ -413,7 +413,9 @@ def test_calibration_needs_samples() -> None:
 
 
 def test_a_recipe_says_how_it_was_calibrated(tmp_path: Path) -> None:
-    run = fk.train(fk.Experiment(model="cnn", clients=4, clients_per_round=4, rounds=1))
+    run = fk.train(
+        fk.Experiment(dataset="digits", partition="dirichlet", model="cnn", clients=4, clients_per_round=4, rounds=1)
+    )
     files = {how: fk.compress(run, fk.Recipe(dtype="int8", calibration=how), tmp_path) for how in METHODS}
     assert len({file.path for file in files.values()}) == len({file.digest for file in files.values()}) == 3
     assert files["entropy"].card["recipe"]["calibration"] == "entropy"

@@ -27,6 +27,7 @@ from fedlab_kit.store import RunFolder
 
 MOST = fk.Experiment(
     dataset="blobs",
+    partition="dirichlet",
     model="mlp",
     clients=6,
     clients_per_round=4,
@@ -334,7 +335,7 @@ def test_a_strange_experiment_costs_that_run_alone(store, sealed):
     damaged = set(look(good))
     assert damaged <= broken and len(damaged) > 0.7 * len(broken)  # the rest is strange and still a run
     bench = fk.Bench(MOST)
-    assert "cannot be read and are left out" in bench.desk.store_error and bench.history
+    assert "cannot be read and are left out" in bench.workbench.store_error and bench.history
 
 
 def test_strange_records_cost_that_run_alone(store):
@@ -405,7 +406,8 @@ def test_whatever_lies_in_the_store_costs_nobody_else(store, runs_folder):
     damaged = look(good)
     assert {"f" * 20, "d" * 20} <= set(damaged) and len(damaged) == 3 * 6 + 2
     bench = fk.Bench(MOST)
-    assert "20 stored run(s) cannot be read" in bench.desk.store_error and "marks.json" in bench.desk.store_error
+    said = bench.workbench.store_error
+    assert "20 stored run(s) cannot be read" in said and "marks.json" in said
 
 
 def test_an_unreadable_folder_costs_that_run_alone(store, monkeypatch):

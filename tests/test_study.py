@@ -14,7 +14,9 @@ from fedlab_kit.files import StoreError
 from fedlab_kit.runs import history
 from fedlab_kit.study import Study
 
-SMALL = fk.Experiment(dataset="blobs", model="logistic", clients=4, clients_per_round=4, rounds=1, lr=0.05)
+SMALL = fk.Experiment(
+    dataset="blobs", partition="dirichlet", model="logistic", clients=4, clients_per_round=4, rounds=1, lr=0.05
+)
 ARMS = {"prox": SMALL.replace(strategy="fedprox"), "plain": SMALL}
 RATES = {"lr": [0.01, 0.1]}
 

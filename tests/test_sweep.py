@@ -26,7 +26,9 @@ from fedlab_kit.sweep import pareto, spread, sweep
 
 sweeping = import_module("fedlab_kit.sweep")  # the package's attribute of that name is the function
 
-SMALL = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=2, lr=0.05)
+SMALL = fk.Experiment(
+    dataset="blobs", partition="dirichlet", model="mlp", clients=6, clients_per_round=4, rounds=2, lr=0.05
+)
 
 
 def test_every_combination_is_a_measured_row():
@@ -75,7 +77,9 @@ def test_stop_keeps_what_is_there_and_goes_on_later():
     assert [s for s in seen if s[2] == "experiments trained"] == [(1, 1, "experiments trained")]
 
 
-TINY = fk.Experiment(model="logistic", rounds=1, clients=4, clients_per_round=2)
+TINY = fk.Experiment(
+    dataset="digits", model="logistic", partition="dirichlet", rounds=1, clients=4, clients_per_round=2
+)
 
 
 @pytest.fixture

@@ -31,7 +31,9 @@ def normed(shape: tuple[int, ...], classes: int) -> nn.Module:
     )
 
 
-BASE = fk.Experiment(model="mlp", clients=8, clients_per_round=4, rounds=4, lr=0.05)
+BASE = fk.Experiment(
+    dataset="digits", model="mlp", partition="dirichlet", clients=8, clients_per_round=4, rounds=4, lr=0.05
+)
 TEACHER = BASE.replace(model="cnn", rounds=2)
 PRUNED = {"start": BASE, "start_recipe": fk.Recipe(prune_ratio=0.5), "mask_ratio": 0.7}
 EXPERIMENTS = {

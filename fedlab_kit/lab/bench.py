@@ -111,6 +111,7 @@ class Bench:
     @property
     def history(self) -> list[Row]:
         """The points on the plot, those of earlier benches first: see the filter below the table."""
+        self.workbench.whole.wait()
         return self.workbench.points.shown(self.screen.like, self.workbench.filter)
 
     @property
@@ -226,5 +227,5 @@ def _read(state: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 
 
 def default_experiment() -> Experiment:
-    """A small student of a larger teacher, so that each of the three knobs has something to do."""
-    return Experiment(model="student", teacher=Experiment())
+    """A small student of a larger teacher, whose clients have no 3, so that each of the three knobs does something."""
+    return Experiment(model="student", missing=(3,), teacher=Experiment(rounds=100, lr=0.1))

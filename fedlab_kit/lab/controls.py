@@ -46,6 +46,8 @@ class Control:
     and whether a slider made it. One that is `locked` shows its value and takes no other.
     """
 
+    slider: Any = None
+
     def __init__(self, settings: Settings, name: str) -> None:
         self.owner, self.name, self.locked = type(settings), name, False
         self.moved: Callable[[Control, bool], object] = lambda control, drag: None
@@ -89,7 +91,8 @@ class Control:
 
     def disable(self, disabled: bool) -> None:
         """Take the control out of use, or back."""
-        self.field.disabled = disabled
+        for one in filter(None, (self.field, self.slider)):
+            one.disabled = disabled
 
     def _changed(self) -> None:
         self.moved(self, False)
@@ -120,8 +123,6 @@ class Number(Control):
     A browser's own number field would make 25 of "2.5" and 19 of "1e9" without a word.
     """
 
-    slider: Any = None
-
     @property
     def value(self) -> Any:
         """The number that stands in the field, or its text where that is no number of the kind."""
@@ -131,11 +132,6 @@ class Number(Control):
     @value.setter
     def value(self, value: Any) -> None:
         self.field.value = str(value)
-
-    def disable(self, disabled: bool) -> None:
-        """Take the control out of use, or back."""
-        for one in filter(None, (self.field, self.slider)):
-            one.disabled = disabled
 
     def _field(self, value: Any) -> Any:
         return widgets.Text(value=str(value), continuous_update=False, **self.look)

@@ -515,7 +515,14 @@ def folded(title: str, rows: list[Any], moved: Callable[[], object] = lambda: No
     """Return a button that shows and hides rows of widgets, and calls `moved` then; an Accordion has no keyboard."""
     body = widgets.VBox(rows, layout={"display": "none", "padding": "0 0 8px 0"})
     made = widgets.Button(description=f"Show {title}", layout={"width": "auto", "max_width": "none"})
-    made.on_click(lambda _: _toggle(made, body, title, moved))
+
+    def toggle(_: object) -> None:
+        hidden = body.layout.display == "none"
+        body.layout.display = "" if hidden else "none"
+        made.description = f"{'Hide' if hidden else 'Show'} {title}"
+        moved()
+
+    made.on_click(toggle)
     return widgets.VBox([made, body], layout={"align_items": "flex-start", "max_width": "100%"})
 
 
@@ -528,10 +535,3 @@ def _every(widget: Any) -> list[Any]:
 def is_open(whole: Any) -> bool:
     """Whether what `folded` made is unfolded now."""
     return whole.children[1].layout.display != "none"
-
-
-def _toggle(made: Any, body: Any, title: str, moved: Callable[[], object]) -> None:
-    hidden = body.layout.display == "none"
-    body.layout.display = "" if hidden else "none"
-    made.description = f"{'Hide' if hidden else 'Show'} {title}"
-    moved()

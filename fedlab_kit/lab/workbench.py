@@ -178,7 +178,7 @@ class Session:
 
     def _begin(self, stage: Experiment, place: int) -> None:
         self.stage, self.records, self._place = stage, [], place
-        part = "" if stage == self.experiment else role(stage, self.experiment) or "model before"
+        part = self._part(stage)
         self._doing = f"Training the {part} first ({place} of {self._stages})" if part else "Training"
         self._said = f"{self._doing}: round 1 of {stage.rounds} has begun."
 
@@ -198,9 +198,13 @@ class Session:
             self.records = list(run.records)
             if run.records:
                 self.runs = [earlier for earlier in self.runs if earlier.experiment != run.experiment] + [run]
-            part = "" if run.experiment == self.experiment else role(run.experiment, self.experiment) or "model before"
+            part = self._part(run.experiment)
             self._said = f"The {part}: {outcome(run)}" if part else outcome(run)
         self._news()
+
+    def _part(self, stage: Experiment) -> str:
+        """What is trained before the experiment that was asked for, "" for that itself."""
+        return "" if stage == self.experiment else role(stage, self.experiment) or "model before"
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
@@ -429,11 +433,15 @@ class Workbench:
         self.base: StoredRun | None = None
         self.study: tuple[str, list[tuple[Any, Experiment, Recipe]]] = "", []
         self._listener: Callable[..., object] = nobody
+        self.whole = Event()  # once what earlier benches left has been read
         self.compressor.worker.ask(partial(self._read, earlier))
         self.compressor.wait(PATIENCE)
 
     def _read(self, earlier: Sequence[StoredRun]) -> None:
-        self.points.read(earlier)
+        try:
+            self.points.read(earlier)
+        finally:
+            self.whole.set()
         self.notify()
 
     def listen(self, listener: Callable[..., object]) -> None:
@@ -579,6 +587,7 @@ class Workbench:
         self.listen(nobody)
         self.session.close()
         self.compressor.worker.close()
+        self.whole.set()  # nobody reads what is left
 
     def _finished(self, run: Run) -> None:
         self.base = run

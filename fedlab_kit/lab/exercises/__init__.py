@@ -11,6 +11,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from fedlab_kit.experiment import Experiment
+
+COURSE = Experiment(dataset="digits", partition="dirichlet", rounds=20)  # what the course works on
 Grade = Callable[[Any], str]
 """Takes an answer, returns what to say about a right one, raises `Hint` with what to say about another."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fedlab_kit.deployment.artifact import Artifact, compress
-from fedlab_kit.experiment import Experiment, Recipe
-from fedlab_kit.lab.exercises import Hint, exercise
+from fedlab_kit.experiment import Recipe
+from fedlab_kit.lab.exercises import COURSE, Hint, exercise
 from fedlab_kit.run import Run
 from fedlab_kit.runs import train
 
@@ -18,7 +18,7 @@ def a_third_of_the_file(answer: Any) -> str:
     """A recipe whose file is at most a third of the uncompressed one and loses at most three points of accuracy."""
     if not isinstance(answer, Recipe):
         raise Hint("Give a recipe: bench.recipe, or fk.Recipe(...) with the settings you chose.")
-    run = train(Experiment(model="student", teacher=Experiment()))
+    run = train(COURSE.replace(model="half_mlp", teacher=COURSE))
     whole, small = compress(run, Recipe()), _file(run, answer)
     sizes = f"The file has {small.bytes:,} bytes, the uncompressed one {whole.bytes:,}"
     if answer.prune == "weight" and answer.dtype == "fp32" and answer.prune_ratio:

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from fedlab_kit.data import load
-from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.client import cohort_step
 from fedlab_kit.federation.messages import open_payload
 from fedlab_kit.federation.server import broadcast, select, server_step, start
 from fedlab_kit.federation.setup import task
-from fedlab_kit.lab.exercises import Hint, call, exercise, number
+from fedlab_kit.lab.exercises import COURSE, Hint, call, exercise, number
 from fedlab_kit.partition import label_counts, partition
 from fedlab_kit.runs import rounds
 from fedlab_kit.wire.frame import HEADER
 
 LABELS = (3, 5)  # what 01-1 asks for
-SCAFFOLD = Experiment(model="student", strategy="scaffold", clients_per_round=5, rounds=1)  # what 01-3 asks about
+SCAFFOLD = COURSE.replace(model="half_mlp", strategy="scaffold", clients_per_round=5, rounds=1)  # what 01-3 asks about
 ANSWERED = 3
 
 
@@ -29,7 +28,7 @@ def labels_per_client(answer: Any) -> str:
     alpha = number(answer, "one number, an alpha")
     if not 0 < alpha <= 1000:
         raise Hint(f"alpha must be above 0 and at most 1000, got {alpha:g}.")
-    usual, data = Experiment(), load(Experiment().dataset)
+    usual, data = COURSE, load(COURSE.dataset)
     shards = partition(data, "dirichlet", usual.clients, alpha, usual.seed)
     held = (label_counts(data.train.y, shards, len(data.classes)) > 0).sum(1)
     median = int(held.median())
@@ -86,7 +85,7 @@ def bytes_of_a_round(answer: Any) -> str:
 
 def _a_real_round() -> tuple[Tensor, list[int], Tensor]:
     """Return updates [clients, P], samples, and the server's step [P] from one round of a small experiment."""
-    experiment = Experiment(model="logistic", clients_per_round=4, rounds=1)
+    experiment = COURSE.replace(model="logistic", clients_per_round=4, rounds=1)
     before = start(experiment)
     messages = broadcast(before, select(experiment, 1))
     payloads, _ = cohort_step(experiment, 1, messages, {client: {} for client in messages})

@@ -11,14 +11,14 @@ from fedlab_kit.compression.prune import prune
 from fedlab_kit.data import load
 from fedlab_kit.deployment.convert import convert
 from fedlab_kit.deployment.onnx_export import export
-from fedlab_kit.experiment import Experiment, Recipe
+from fedlab_kit.experiment import Recipe
 from fedlab_kit.federation.setup import task
-from fedlab_kit.lab.exercises import Hint, call, exercise, number
+from fedlab_kit.lab.exercises import COURSE, Hint, call, exercise, number
 from fedlab_kit.models import build
 from fedlab_kit.runs import rounds
 from fedlab_kit.wire.frame import HEADER
 
-MASKED = Experiment(model="cnn", mask_ratio=0.9, mask_schedule="fixed", clients_per_round=1, rounds=1)  # of 02-2
+MASKED = COURSE.replace(model="cnn", mask_ratio=0.9, mask_schedule="fixed", clients_per_round=1, rounds=1)  # of 02-2
 ROOM = 20_000  # bytes on the device of 02-3
 
 

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedlab_kit.compression.distill import distillation_loss
-from fedlab_kit.experiment import Experiment
 from fedlab_kit.federation.server import select
 from fedlab_kit.federation.setup import task
-from fedlab_kit.lab.exercises import Hint, call, exercise, number
+from fedlab_kit.lab.exercises import COURSE, Hint, call, exercise, number
 from fedlab_kit.wire.frame import HEADER
 
-TAUGHT = Experiment(model="student", rounds=8, teacher=Experiment(model="mlp"))  # what 04-3 asks about
+TAUGHT = COURSE.replace(model="half_mlp", rounds=8, teacher=COURSE.replace(model="mlp"))  # what 04-3 asks about
 
 
 @exercise("04-1")
@@ -99,7 +98,7 @@ def bytes_of_the_teacher(answer: Any) -> str:
     """The bytes that the teacher adds to the downlink of the whole run."""
     given = number(answer, "one whole number of bytes")
     met = {client for round in range(1, TAUGHT.rounds + 1) for client in select(TAUGHT, round)}
-    sizes = [task(e).model.layout.size for e in (Experiment(model="mlp"), Experiment(model="student"))]
+    sizes = [task(e).model.layout.size for e in (COURSE.replace(model="mlp"), TAUGHT.replace(teacher=None))]
     frame, student = (HEADER.size + 4 * size for size in sizes)
     truth = len(met) * frame
     if given == truth:

@@ -12,7 +12,7 @@ from fedlab_kit.deployment import measure
 from fedlab_kit.deployment.artifact import Artifact, compress, load, squeeze
 from fedlab_kit.experiment import Experiment, Recipe
 from fedlab_kit.files import StoreError
-from fedlab_kit.lab.exercises import Hint, exercise
+from fedlab_kit.lab.exercises import COURSE, Hint, exercise
 from fedlab_kit.lab.style import percent
 from fedlab_kit.run import Run
 from fedlab_kit.runs import train
@@ -62,7 +62,7 @@ def _smaller(artifact: Artifact) -> str:
 @exercise("06-2")
 def cheapest_round(answer: Any) -> str:
     """A run on the default clients, at most `CHEAP` bytes a round in both directions, accuracy at least `ABOVE`."""
-    run = train(_settings(answer, Experiment()))
+    run = train(_settings(answer, COURSE))
     up, down = (total / len(run.records) for total in (run.uplink_bytes, run.downlink_bytes))
     right = _accuracy(run)
     sent = f"{up + down:,.0f} bytes a round ({up:,.0f} up, {down:,.0f} down)"
@@ -82,7 +82,7 @@ def _accuracy(run: Run) -> float:
 @exercise("06-3")
 def best_worst_client(answer: Any) -> str:
     """Settings whose worst client, at alpha 0.1 and on average over `SEEDS`, has an accuracy of at least `WORST`."""
-    settings = _settings(answer, Experiment(alpha=0.1))
+    settings = _settings(answer, COURSE.replace(alpha=0.1))
     worst = []
     for seed in SEEDS:
         run = train(settings.replace(seed=seed))
