@@ -333,3 +333,40 @@ def test_a_curve_has_a_mark_a_round_and_a_line_a_run():
 def test_a_run_that_is_called_like_an_earlier_one_keeps_its_own_colour():
     shown = figures.accuracy_curve(records(0.2), [("mine", records(0.1))], label="mine")
     assert [kind.color for kind in shown.kinds] == [style.GREY, style.BLUE]
+
+
+# ---- weights
+
+
+def test_a_histogram_counts_weights_between_its_edges_and_zeros_in_the_legend_alone():
+    before, after = [[-1.0, -0.5], [0.25, 1.0]], [-1.0, 0.0, 0.0, 1.0]
+    shown = figures.histogram({"before": before, "after": after})
+    assert [kind.name for kind in shown.kinds] == ["before, 0 are 0", "after, 2 are 0"]
+    assert [sum(count for _, count in line.points) for line in shown.lines] == [4, 2]
+    edges = [edge for edge, _ in shown.lines[0].points]
+    assert (edges[0], edges[-1]) == shown.x.ends == pytest.approx((-1, 1), abs=0.01)
+    [place] = [edge for edge, count in shown.lines[0].points if count and -0.1 < edge < 0.5]
+    assert place <= 0.25 < place + 2 * shown.x.ends[1] / 60
+    assert "2 are 0" in shown.alt and len({(kind.color, kind.dash) for kind in shown.kinds}) == 2
+
+
+def test_filters_that_go_are_crossed_out_and_no_other():
+    weights = np.zeros((7, 2, 3))
+    weights[4, 0, 2], weights[6, 1, 0] = 2.0, -1.0
+    axes = figures.filters(weights, {4}).axes[0]
+    assert [picture.get_array().tolist() for picture in axes.images] == weights.tolist()
+    assert {picture.get_clim() for picture in axes.images} == {(-2, 2)}
+    left, right, bottom, top = axes.images[4].get_extent()
+    assert [text.get_text() for text in axes.texts] == [str(number) for number in range(7)]
+    crosses = sorted([*zip(*line.get_data(), strict=True)] for line in axes.lines)
+    assert crosses == [[(left, top), (right, bottom)], [(left, bottom), (right, top)]]
+
+
+def test_lines_of_any_quantity_are_told_apart_by_more_than_colour():
+    curves = {f"run {i}": [(1, i), (2, i + 0.5)] for i in range(6)}
+    shown = figures.lines(curves, "Round", "Accuracy (%)")
+    assert [line.points for line in shown.lines] == [tuple(points) for points in curves.values()]
+    assert len({(kind.color, kind.dash) for kind in shown.kinds}) == 6 and len({kind.dash for kind in shown.kinds}) == 3
+    assert shown.x.ends == (1, 2) and shown.x.whole and shown.y.ends[0] < 0 and shown.y.ends[1] > 5.5
+    assert shown.alt.startswith("Accuracy (%) against round: run 0 from 0 to 0.5; ")
+    assert not figures.lines({"a": [(0.5, 1), (1, 1)]}, "x", "y").x.whole and figures.to_png(shown)[:4] == b"\x89PNG"
