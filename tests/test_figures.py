@@ -293,15 +293,16 @@ def test_any_column_can_be_the_kind_and_the_key_is_the_points_number():
 
 def test_points_lost_are_drawn_with_their_own_interval_and_fewer_are_better():
     points = [
-        point(1e4, 0.8, lost=0.05, lost_low=0.03, lost_high=0.07),
-        point(2e4, 0.7, lost=0.06, lost_low=0.01, lost_high=0.1),
-        point(4e4, 0.9, lost=-0.01, lost_low=-0.02, lost_high=0.0),
+        point(1e4, 0.8, lost=5.0, lost_low=3.0, lost_high=7.0),
+        point(2e4, 0.7, lost=6.0, lost_low=1.0, lost_high=10.0),
+        point(4e4, 0.9, lost=-1.0, lost_low=-2.0, lost_high=0.0),
         point(5e4, 0.9),
     ]
     shown = figures.accuracy_against(points, y="lost")
     assert [(m.y, m.low, m.high) for m in shown.marks] == [
         pytest.approx((5, 3, 7)), pytest.approx((6, 1, 10)), pytest.approx((-1, -2, 0)),
     ]  # fmt: skip
+    assert dict(shown.marks[0].tip)["Lost"] == "5.0 points"
     assert [x for x, _ in shown.lines[0].points] == [1e4, 4e4] and shown.lines[0].points[1][1] == pytest.approx(-1)
     with pytest.raises(ValueError, match="y must be one of accuracy, lost, got 'won'"):
         figures.accuracy_against(points, y="won")

@@ -59,13 +59,14 @@ AXES = {
     "latency_ms": Axis("Latency of one prediction", MILLISECONDS),
     "seconds": Axis("Time of the whole run", ((1, "s"),)),
 }
-HEIGHTS = {  # what is drawn upwards: its label, the columns of its interval, and +1 where more of it is better
-    "accuracy": ("Accuracy on validation (%)", "low", "high", 1),
-    "lost": ("Points lost against its own fp32 file", "lost_low", "lost_high", -1),
+HEIGHTS = {  # what is drawn upwards: label, columns of the interval, +1 where more is better, points in its unit
+    "accuracy": ("Accuracy on validation (%)", "low", "high", 1, 100),
+    "lost": ("Points lost against its own fp32 file", "lost_low", "lost_high", -1, 1),
 }
 HUMAN: dict[str, Callable[[Any], str]] = {  # how a field is written that is no plain number
     **{field: axis.write for field, axis in AXES.items()},
-    **dict.fromkeys(("accuracy", "lost", "sparsity"), percent),
+    **dict.fromkeys(("accuracy", "sparsity"), percent),
+    "lost": "{:.1f} points".format,
     "downlink_bytes": AXES["bytes"].write,
     "parameters": "{:,}".format,
 }
@@ -86,10 +87,10 @@ def accuracy_against(
     for name, value, allowed in (("axis", axis, AXES), ("y", y, HEIGHTS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    x, (label, low, high, sign) = AXES[axis], HEIGHTS[y]
+    x, (label, low, high, sign, scale) = AXES[axis], HEIGHTS[y]
     places = [i for i, p in enumerate(points) if _number(p, axis) > 0 and not isnan(_number(p, y))]
     keys = {i: str(points[i].get("point", i)) for i in places}
-    marks = tuple(_mark(keys[i], points[i], kind, (axis, y, low, high)) for i in places)
+    marks = tuple(_mark(keys[i], points[i], kind, (axis, y, low, high), scale) for i in places)
     best = tuple((size, sign * height) for size, height in front((mark.x, sign * mark.y) for mark in marks))
     kinds = [Kind(name, *style) for name, style in styles(mark.kind for mark in marks).items()]
     steps, before = (other_than(name, [kind.name for kind in kinds]) for name in ("Pareto front", "measured earlier"))
@@ -118,13 +119,13 @@ def _number(point: Point, field: str) -> float:
     return float(value) if isinstance(value, Real) and isfinite(value) else nan
 
 
-def _mark(key: str, point: Point, kind: str, fields: tuple[str, str, str, str]) -> Mark:
-    """Return the mark of a point: a share is drawn in percent, an interval includes what it is of."""
+def _mark(key: str, point: Point, kind: str, fields: tuple[str, str, str, str], scale: int) -> Mark:
+    """Return the mark of a point, its height times `scale`; an interval includes what it is of."""
     x, y, low, high = (_number(point, field) for field in fields)
     name, hollow = str(point.get("name") or ""), bool(point.get("earlier"))
     barred = (name or not hollow) and not isnan(low + high)
-    below, above = (100 * min(low, y), 100 * max(high, y)) if barred else (None, None)
-    return Mark(key, str(point.get(kind, "point")), x, 100 * y, below, above, name, hollow, known(point))
+    below, above = (scale * min(low, y), scale * max(high, y)) if barred else (None, None)
+    return Mark(key, str(point.get(kind, "point")), x, scale * y, below, above, name, hollow, known(point))
 
 
 def _reached(point: Point) -> str:
