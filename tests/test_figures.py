@@ -265,6 +265,32 @@ def test_a_kind_may_be_called_like_what_the_figure_adds():
     assert shown.lines[0].kind == shown.kinds[3].name and len(to_figure(shown).axes[0].lines) == 4
 
 
+def test_a_quantity_is_drawn_at_each_value_of_a_setting_with_the_intervals_that_there_are():
+    lines = {"tuned": [(1, 0, 3), (30, 20, 45)], "lr 0.2": [(2, None, None), (0, None, None)]}
+    shown = figures.by_setting([1, 16], lines, "Temperature", "Recall (%)")
+    assert [(m.key, m.x, m.y, m.low, m.high) for m in shown.marks] == [
+        ("tuned/1", 0, 1, 0, 3),
+        ("tuned/16", 1, 30, 20, 45),
+        ("lr 0.2/1", 0, 2, None, None),
+        ("lr 0.2/16", 1, 0, None, None),
+    ]
+    assert [line.points for line in shown.lines] == [((0, 1), (1, 30)), ((0, 2), (1, 0))]
+    assert shown.y.ends[0] < 0 and shown.y.ends[1] > 45
+    assert shown.alt == "Recall (%) at temperature 1, 16. tuned: 1, 30; lr 0.2: 2, 0."
+    figure = to_figure(shown)
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["1", "16"]
+    assert set(legend(figure)) == set(lines)
+
+
+def test_soft_answers_stand_beside_the_picture_and_its_label():
+    figure = figures.soft_answers(np.eye(28), "7", {"T = 1": [0.1, 0.9, 0], "T = 4": [0.3, 0.4, 0.3]})
+    bars, shown = figure.axes
+    assert [bar.get_height() for bar in bars.patches] == pytest.approx([10, 90, 0, 30, 40, 30])
+    assert [round(bar.get_x() + bar.get_width() / 2) for bar in bars.patches] == [0, 1, 2, 0, 1, 2]
+    assert shown.get_title() == "Label: 7" and np.array_equal(shown.images[0].get_array(), np.eye(28))
+    assert legend(figure) == ["T = 1", "T = 4"]
+
+
 def test_names_at_one_place_are_written_apart():
     points = [point(1e4 + i, 0.8, name=f"point {i}") for i in range(12)]
     figure = to_figure(figures.accuracy_against(points))

@@ -22,6 +22,8 @@ from fedlab_kit.lab.style import (
     MILLISECONDS,
     STYLES,
     VERMILLION,
+    as_written,
+    canvas,
     html_table,
     other_than,
     percent,
@@ -32,6 +34,9 @@ from fedlab_kit.lab.style import (
 from fedlab_kit.lab.weight_figures import filters, histogram
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+
     from fedlab_kit.deployment.drift import Look
     from fedlab_kit.deployment.monitor import Alarm
     from fedlab_kit.federation.server import RoundRecord
@@ -242,6 +247,45 @@ def power(sizes: Sequence[float], caught: Mapping[str, Sequence[float]], label: 
         tuple(Line(name, name, places) for name, places in shares.items()),
         alt=f"Share of streams that were caught, for a shift ({label}) from {sizes[0]:g} to {sizes[-1]:g}: {told}.",
     )
+
+
+def by_setting(
+    values: Sequence[Any], lines: Mapping[str, Sequence[tuple[float, float | None, float | None]]], x: str, y: str
+) -> Plot:
+    """Show a quantity `y` at each of the `values` of a setting `x`, which stand at equal distances.
+
+    The line of each name has (quantity, low, high) for each value; low and high are None where there is no interval.
+    """
+    marks = [
+        Mark(f"{name}/{value}", name, place, middle, low, high, tip=((x, str(value)), (y, three(middle))))
+        for name, points in lines.items()
+        for place, (value, (middle, low, high)) in enumerate(zip(values, points, strict=True))
+    ]
+    told = "; ".join(f"{name}: {', '.join(three(middle) for middle, *_ in points)}" for name, points in lines.items())
+    return Plot(
+        Axis(x, ends=(-0.3, len(values) - 0.7), names=tuple(map(str, values))),
+        Axis(y, ends=room(marks)),
+        tuple(Kind(name, *style) for name, style in styles(lines).items()),
+        tuple(marks),
+        tuple(Line(name, name, tuple((m.x, m.y) for m in marks if m.kind == name)) for name in lines),
+        alt=f"{y} at {x[0].lower()}{x[1:]} {', '.join(map(str, values))}. {told}.",
+    )
+
+
+def soft_answers(picture: ArrayLike, label: str, answers: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw a picture [h, w] with its label, and beside it answers (shares in 0..1, one a class) as bars, by name."""
+    figure, axes = canvas(right=0.02, left=0.38)
+    shown = figure.add_axes((0.02, 0.25, 0.24, 0.5))
+    shown.imshow(picture, cmap="gray")
+    shown.set_title(f"Label: {label}", color=GREY, fontsize=10)
+    shown.set_axis_off()
+    width = 0.8 / len(answers)
+    for place, (name, shares) in enumerate(answers.items()):
+        middles = [c + width * (place - (len(answers) - 1) / 2) for c in range(len(shares))]
+        axes.bar(middles, [100 * share for share in shares], width, color=STYLES[place][0], label=name)
+    axes.set(xlabel="Class", ylabel="Answer (%)", xticks=range(len(shares)), ylim=(0, 100))
+    axes.legend(frameon=False, labelcolor=GREY)
+    return as_written(figure)
 
 
 def alarm_table(alarms: Sequence[Alarm]) -> str:
