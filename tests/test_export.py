@@ -180,8 +180,8 @@ class Halves(fk.Codec):
     def decode(self, body, size):
         return torch.from_numpy(numpy.frombuffer(body, numpy.float32).copy()) * 2
 
-child = fk.Experiment(dataset="blobs", model="mlp", clients=3, clients_per_round=3, rounds=1, uplink="halves",
-                      teacher=fk.Experiment(dataset="blobs", model="mine", clients=3, clients_per_round=3, rounds=1))
+base = fk.Experiment(dataset="blobs", model="mine", partition="iid", clients=3, clients_per_round=3, rounds=1)
+child = base.replace(model="mlp", uplink="halves", teacher=base)
 """
 
 

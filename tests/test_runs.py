@@ -73,8 +73,8 @@ def test_a_killed_process_goes_on_to_the_same_weights(runs_folder, monkeypatch, 
 import sys; sys.path.insert(0, {tests!r})
 import worlds; worlds.register()
 import fedlab_kit as fk, time
-experiment = fk.Experiment(dataset="blobs", model="mlp", clients=6, clients_per_round=4, rounds=5, lr=0.05,
-                           strategy="scaffold")
+experiment = fk.Experiment(dataset="blobs", partition="dirichlet", model="mlp", clients=6,
+                           clients_per_round=4, rounds=5, lr=0.05, strategy="scaffold")
 def slow(record):
     print(record.round, flush=True)
     if record.round == 3: time.sleep(60)

@@ -99,7 +99,9 @@ def test_export_of_an_earlier_point_trains_nothing(bench, tmp_path):
 
 def test_two_runs_side_by_side(bench):
     shelf = unfolded(bench, bench.screen.runs)
-    assert list(rows(shelf.table.value)) == ["dataset blobs, model mlp, clients 4, clients_per_round 2, rounds 2"]
+    assert list(rows(shelf.table.value)) == [
+        "dataset blobs, model mlp, clients 4, clients_per_round 2, partition dirichlet, rounds 2"
+    ]
     for name, value in (("model", "logistic"), ("alpha", 5.0)):
         bench.controls[name].value = value
     bench.run(block=True)
@@ -195,7 +197,10 @@ def test_values_that_are_settings_themselves_are_said_in_short(runs_folder):
     marks = Marks(runs_folder)
     one, other = (next(r for r in history()[0] if r.experiment.teacher == t) for t in (teacher, None))
     table = rows(compare.comparison(one, other, ("with <b>", "without")))
-    assert table["Teacher"] == ["dataset blobs, model mlp, clients 4, clients_per_round 2, rounds 1", "none"]
+    assert table["Teacher"] == [
+        "dataset blobs, model mlp, clients 4, clients_per_round 2, partition dirichlet, rounds 1",
+        "none",
+    ]
     assert "with &lt;b&gt;" in compare.comparison(one, other, ("with <b>", "without"))
     assert compare.run_option(one, marks).endswith(" UTC")
 

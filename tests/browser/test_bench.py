@@ -9,8 +9,9 @@ from playwright.sync_api import Locator, expect
 from .benches import BenchPage, bench_page
 
 CELL = """import fedlab_kit as fk
+from fedlab_kit.lab.exercises import COURSE
 
-bench = fk.Bench(fk.Experiment(), controls=["model", "alpha", "lr"])
+bench = fk.Bench(COURSE, controls=["model", "alpha", "lr"])
 bench"""
 
 

@@ -9,8 +9,9 @@ from playwright.sync_api import expect
 from .benches import BenchPage, bench_page
 
 CELL = """import fedlab_kit as fk
+from fedlab_kit.lab.exercises import COURSE
 
-bench = fk.Bench()
+bench = fk.Bench(COURSE.replace(model="half_mlp", teacher=COURSE))
 bench"""
 
 
