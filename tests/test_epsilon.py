@@ -310,7 +310,9 @@ def test_every_figure_of_a_round_and_of_an_answer_is_in_the_table() -> None:
     """A new field of either is a new number that leaves: it needs a line in the table, and one here."""
     names = {one.name for one in privacy.LEAVES}
     told = {
-        **dict.fromkeys(("accuracy", "low", "high", "loss", "correct", "total"), "validation hits and losses"),
+        **dict.fromkeys(
+            ("accuracy", "low", "high", "loss", "correct", "total", "recall"), "validation hits and losses"
+        ),
         **dict.fromkeys(("uplink_bytes", "downlink_bytes", "uplinks", "downlinks"), "payload lengths"),
         **dict.fromkeys(("answered", "refused", "note"), "who answered"),
         "seconds": "shard sizes",
