@@ -295,3 +295,12 @@ def test_nothing_is_left_of_an_export_that_fails(artifact, run, points, tmp_path
     with pytest.raises(StoreError, match="truncated or altered"):
         export(tmp_path / "out", damaged, run, points)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
+
+
+def test_rows_of_a_sweep_do_for_an_export_failed_ones_too(tmp_path):
+    asked = fk.Experiment(dataset="blobs", partition="iid", model="mlp", clients=3, clients_per_round=3, rounds=1)
+    rows = fk.sweep(asked, {"prune_ratio": [0.0, 0.999], "dtype": ["fp32", "int8"]}).to_dict("records")
+    run = fk.train(asked)
+    made = export(tmp_path / "made", fk.compress(run, fk.Recipe(dtype="int8")), run, rows)
+    page = (made / "report.html").read_text()
+    assert {row["path"] for row in rows} > {None} and page.count("Accuracy on test") and "fp32" in page

@@ -12,7 +12,7 @@ from fedlab_kit.deployment import measure
 from fedlab_kit.deployment.artifact import Artifact, load, slug
 from fedlab_kit.deployment.score import harmless
 from fedlab_kit.experiment import Recipe
-from fedlab_kit.files import StoreError, at, filling
+from fedlab_kit.files import StoreError, at, file_name, filling
 from fedlab_kit.lab.chart import live_html
 from fedlab_kit.lab.client_figures import MOST, accuracy_of_each, labels_held
 from fedlab_kit.lab.figures import accuracy_against, accuracy_curve
@@ -68,7 +68,7 @@ def _write_points(file: Path, points: Sequence[Mapping[str, Any]]) -> None:
     """
     import pandas
 
-    table = pandas.DataFrame([{**point, "path": Path(point["path"]).name} for point in points])
+    table = pandas.DataFrame([{**point, "path": _file(point)} for point in points])
     table.rename(columns={"path": "file"}).map(harmless).to_csv(file, index=False)
 
 
@@ -96,7 +96,7 @@ def report(artifact: Artifact, run: StoredRun, points: Rows, code: str) -> str:
 
     e, recipe = run.experiment, Recipe(**artifact.card["recipe"])
     plain = None if recipe == Recipe() else _baseline(run, points)
-    current = next((i for i, row in enumerate(points) if Path(row["path"]).name == artifact.path.name), None)
+    current = next((i for i, row in enumerate(points) if _file(row) == artifact.path.name), None)
     drawn = [
         accuracy_curve(run.records),
         *(accuracy_against(points, x, current=current) for x in ("zstd_bytes", "bytes")),
@@ -117,10 +117,16 @@ def report(artifact: Artifact, run: StoredRun, points: Rows, code: str) -> str:
     )  # fmt: skip
 
 
+def _file(row: Mapping[str, Any]) -> str:
+    """Return the name of a point's file, "" where it could not be had."""
+    return Path(row["path"]).name if row["path"] else ""
+
+
 def _baseline(run: StoredRun, points: Rows) -> Artifact | None:
     """Return the fp32 file of the run among the points, with its test split opened; None if it is not whole."""
+    name = f"{file_name(run.experiment.model)}-{run.key[:8]}-{slug(Recipe())}.onnx"  # rows of a sweep name no run
     for row in points:
-        if row["run"] == run.key and slug(Recipe(**{name: row[name] for name in Recipe.model_fields})) == "fp32":
+        if _file(row) == name:
             try:
                 found = load(row["path"])
             except StoreError:
