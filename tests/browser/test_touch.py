@@ -114,7 +114,7 @@ def test_axe_finds_nothing_on_the_report_which_fits_a_phone_in_the_dark(chromium
         page.on("pageerror", lambda error, wrong=wrong: wrong.append(str(error)))
         page.goto(f"file://{folder}/report.html")
         expect(page.get_by_role("heading", level=1)).to_have_text(
-            re.compile("^mlp trained by 20 clients on digits, as")
+            re.compile("^mlp trained by 20 clients on mnist_5k, as")
         )
         expect(page.get_by_text(re.compile("times smaller .* points of accuracy (lost|won)"))).to_be_visible()
         expect(page.get_by_role("group", name=re.compile("^Accuracy against"))).to_have_count(2)
